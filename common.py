@@ -1,0 +1,1058 @@
+"""Data and device helpers that every script shares: nothing in here knows a model.
+
+In reading order: errors and files, the command line, device and precision, optimizer steps, data, pictures, a run's
+folder with its checkpoint, sampling. Images are uint8 (N, C, H, W) in memory and become floats in a training step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import io
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+LABELLED = ("mnist", "fashion", "digits")  # data sets of 28x28 grey images in ten classes
+CHECKPOINT_FORMAT = 1
+
+# ---------------------------------------------------------------------------------------------- errors, files, progress
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one line, exit status 2."""
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; afterwards it replaces `path` at once, or leaves it as it was on an error.
+
+    `sync` waits for the disk, so that not even a power cut leaves half a file. Raises UserError for a full or read-only disk.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if sync:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:05, 12:34 or 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+    """One line with the work done, its rate and the time left: rewritten on a terminal, else printed every 10 seconds."""
+
+    def __init__(self, total: int, unit: str):
+        self.total, self.unit = total, unit
+        self.start = self.shown = time.monotonic()
+
+    def update(self, done: int, text: str = "") -> None:
+        now = time.monotonic()
+        if now - self.shown < (0.2 if sys.stdout.isatty() else 10) or is_quiet():
+            return
+        self.shown, rate = now, done / (now - self.start)
+        left = clock((self.total - done) / rate) if rate else "?"
+        line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left {text}"
+        show_line(line, end="" if sys.stdout.isatty() else "\n")
+
+    def close(self, text: str) -> None:
+        if not is_quiet():
+            show_line(text)
+
+
+def show_line(line: str, end: str = "\n") -> None:
+    """Print a line; on a terminal it replaces an unfinished one and never wraps."""
+    if sys.stdout.isatty():
+        line = "\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+    print(line, end=end, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        if not is_quiet():
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite int or float in [low, high], or in (low, high] if `above`."""
+
+    def convert(text: str):
+        noun = "a whole number" if kind is int else "a number"
+        bounds = f"{'above' if above else 'of at least'} {low:g}" + (
+            f" and at most {high:g}" if high < math.inf else ""
+        )
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
+            raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not {text!r}")
+        return value
+
+    return convert
+
+
+def make_parser(script: str, doc: str, presets: dict, datasets: tuple[str, ...] = LABELLED) -> argparse.ArgumentParser:
+    """The options that all scripts share, in one order. `datasets` that contain "folder" allow any path."""
+    parser = Parser(
+        f"{script}.py",
+        description=doc.split("\n\n")[0],
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    names = [name for name in datasets if name != "folder"]
+    some = dict(choices=names) if "folder" not in datasets else {}
+    add = parser.add_argument
+    add(
+        "--preset",
+        choices=list(presets),
+        help=f"the report whose numbers are the defaults ({next(iter(presets))})",
+    )
+    add(
+        "--dataset",
+        metavar="NAME",
+        help=f"{', '.join(names)}{' or a folder of images' if not some else ''} (mnist)",
+        **some,
+    )
+    add("--data-dir", metavar="DIR", help="folder of the data sets, downloaded when absent (data)")
+    add("--out-dir", metavar="DIR", help=f"folder of the run (runs/{script}-PRESET-DATASET)")
+    add("--epochs", type=number(int, 1), metavar="N", help="passes over the training images")
+    add("--batch-size", type=number(int, 1), metavar="N", help="images a step, over all processes")
+    add("--lr", type=number(float, 0, above=True), metavar="RATE", help="Adam's learning rate")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="seed of weights, batches and latents")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="auto takes the accelerator if there is one")
+    add("--precision", choices=["auto", "fp32", "bf16"], help="auto takes bf16 where the processor has it")
+    add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
+    add("--sample", type=number(int, 1), metavar="N", help="draw N images from the run's checkpoint and end")
+    add("--to", metavar="PATH", help="where --sample writes: a grid (NAME.png) or a folder of images")
+    return parser
+
+
+def parse(parser: Parser, presets: dict, argv: list[str] | None, transient: tuple[str, ...] = ()) -> argparse.Namespace:
+    """Options: what was typed over the checkpoint's (with --resume and --sample) over the preset's over the defaults.
+
+    A preset may hold a dict `folder` of other numbers for folders of images. The script's own options need an entry in every
+    preset, or stand in `transient` (None by default, not kept in the checkpoint). Adds `script`, `given` (the
+    names typed) and `checkpoint` (a dict or None). In a notebook the kernel's own arguments are ignored.
+    """
+    given = vars(parser.parse_args([] if argv is None and in_notebook() else argv))
+    script = parser.prog.removesuffix(".py")
+    try:
+        if "to" in given and "sample" not in given:
+            raise UserError("--to says where --sample writes: give --sample N too")
+        if "sample" in given and "resume" in given:
+            raise UserError("--sample draws from a finished run, --resume trains: give one of them")
+        if given.get("dataset", "mnist") not in (*LABELLED, "anime"):
+            given["dataset"] = os.path.abspath(given["dataset"])
+        if "data_dir" in given:
+            given["data_dir"] = os.path.abspath(given["data_dir"])
+        shared = dict(preset=next(iter(presets)), dataset="mnist", data_dir=os.path.abspath("data"), seed=0)
+        chosen = shared | given
+        numbers = dict(presets[chosen["preset"]])
+        folder = numbers.pop("folder", {})
+        numbers |= {} if chosen["dataset"] in LABELLED else folder
+        options = shared | dict(device="auto", precision="auto") | numbers
+        name = Path(chosen["dataset"]).name
+        out_dir = given.get("out_dir", f"runs/{script}-{chosen['preset']}-{name}")
+        checkpoint = None
+        if "resume" in given or "sample" in given or "evaluate" in given:
+            checkpoint = load_checkpoint(out_dir, script)
+            options = adopt_options(checkpoint, options, given, free={"seed"} if "resume" not in given else set())
+        options |= (
+            {name: None for name in transient} | dict(resume=False, sample=None, to=None, out_dir=out_dir) | given
+        )
+    except UserError as error:
+        parser.error(str(error))
+    return argparse.Namespace(
+        **options, script=script, given=set(given), checkpoint=checkpoint, transient=set(transient)
+    )
+
+
+def adopt_options(checkpoint: dict, options: dict, given: dict, free: set[str]) -> dict:
+    """The options of the run in `checkpoint`; UserError when it has others, or when what was typed contradicts them."""
+    stored = checkpoint["options"]
+    if {k: type(v) for k, v in stored.items()} != {k: type(v) for k, v in options.items()}:
+        odd = sorted(set(stored) ^ set(options)) or "of other types"
+        raise UserError(f"the checkpoint was written by another version of the script (options {odd}): train anew")
+    for name in set(given) & set(stored) - free - {"epochs", "data_dir", "device", "precision"}:
+        if given[name] != stored[name]:
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{option} {given[name]} contradicts the checkpoint's {stored[name]}: leave it out, or train anew"
+            )
+    return dict(stored)
+
+
+def stored_options(args: argparse.Namespace) -> dict:
+    """What of the options defines the run, and is kept in its checkpoint: plain numbers and strings."""
+    passing = {
+        "out_dir",
+        "resume",
+        "sample",
+        "to",
+        "script",
+        "given",
+        "checkpoint",
+        "transient",
+    } | args.transient
+    return {name: value for name, value in vars(args).items() if name not in passing}
+
+
+def run_command(function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Call `function(args)`, within torch.distributed under torchrun; end with one line and a status, never a traceback.
+
+    Status 2 for what the user can mend, 130 for Ctrl-C and SIGTERM.
+    """
+
+    def fail(status: int, message: str):
+        who = f"{args.script}.py" + (f" (process {rank()})" if rank() else "")
+        show_line("", end="") if sys.stdout.isatty() else None
+        print(f"{who}: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(status)
+
+    def terminate(*_):
+        raise KeyboardInterrupt
+
+    with handling_signals({signal.SIGTERM: terminate}):
+        try:
+            if processes() > 1:
+                cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
+                dist.init_process_group("nccl" if cuda else "gloo")
+            function(args)
+        except UserError as error:
+            fail(2, f"error: {error}")
+        except KeyboardInterrupt as interrupt:
+            fail(130, str(interrupt) or "interrupted")
+        except OSError as error:
+            fail(2, f"error: {error}")
+        except (MemoryError, torch.OutOfMemoryError):
+            fail(2, "error: out of memory: a smaller --batch-size needs less")
+        except RuntimeError as error:
+            if "alloc" in str(error) and "memory" in str(error):
+                fail(2, "error: out of memory: a smaller --batch-size needs less")
+            if processes() > 1 and ("connection" in str(error).lower() or "nccl" in str(error).lower()):
+                fail(2, f"error: lost another process: {str(error).splitlines()[0]}")
+            raise
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def handling_signals(handlers: dict) -> Iterator[None]:
+    """Install signal handlers for a while; does nothing outside the main thread, where Python allows none."""
+    before = {}
+    with contextlib.suppress(ValueError):
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def in_notebook() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+# ------------------------------------------------------------------------------------- device, precision and processes
+
+
+def rank() -> int:
+    """This process's number under torchrun, else 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def processes() -> int:
+    """How many processes torchrun started, else 1."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_quiet() -> bool:
+    """Only the first process prints and writes."""
+    return rank() > 0
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process goes through the block alone (it downloads, it builds caches), then all others."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and dist.is_initialized():
+        dist.barrier()
+
+
+class Compute(NamedTuple):
+    device: torch.device
+    precision: str  # fp32 or bf16
+
+    def autocast(self) -> torch.autocast:
+        """Context in which matrix products and convolutions run in the run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def choose_compute(args: argparse.Namespace) -> Compute:
+    """The device and precision of a run, printed with the reason."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kind = args.device if args.device != "auto" else accelerator.type if accelerator else "cpu"
+    if kind != "cpu" and (accelerator is None or accelerator.type != kind):
+        raise UserError(
+            f"--device {kind}: this machine has {accelerator or 'no accelerator'}; --device auto takes what there is"
+        )
+    device = torch.device(kind)
+    name = f"cpu, {torch.get_num_threads()} threads"
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        name = torch.cuda.get_device_name(device)
+    elif kind != "cpu":
+        name = kind
+    native = has_native_bf16(device)
+    precision = ("bf16" if native else "fp32") if args.precision == "auto" else args.precision
+    if not is_quiet():
+        why = f"native here: {'yes' if native else 'no'}" if args.precision == "auto" else "as asked"
+        share = f", {processes()} processes" if processes() > 1 else ""
+        print(f"{args.script}: device {name}{share}; precision {precision} (bf16 {why})")
+    return Compute(device, precision)
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 in hardware; elsewhere (a T4, an older CPU) it is emulated and slow."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        with contextlib.suppress(OSError):
+            flags = Path("/proc/cpuinfo").read_text().split()
+            return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
+def seed_everything(seed: int, epoch: int = 0) -> None:
+    """Seed all that is random from (seed, epoch), so that an epoch depends on nothing that came before but the weights."""
+    # The CPU's generator keeps 32 bits of its seed: mix, instead of adding, so that no two epochs of two seeds agree.
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4], "big"))
+
+
+def randn(count: int, *shape: int, device: torch.device | str) -> Tensor:
+    """This process's rows (count, *shape) of the Gaussian noise that one process would draw for the whole batch."""
+    noise = torch.randn(count * processes(), *shape, device=device)
+    return noise[rank() * count : (rank() + 1) * count]
+
+
+# ------------------------------------------------------------------------------------------------------- optimizer steps
+
+
+def adam(parameters, lr: float, beta1: float = 0.9) -> torch.optim.Adam:
+    """Adam in one kernel a step (fused), which a CUDA graph can capture."""
+    parameters = list(parameters)
+    kind = parameters[0].device.type
+    return torch.optim.Adam(parameters, lr, (beta1, 0.999), fused=kind in ("cpu", "cuda"), capturable=kind == "cuda")
+
+
+def gradients(loss: Tensor, optimizer: torch.optim.Optimizer, retain: bool = False) -> tuple[Tensor, ...]:
+    """Gradients of `loss` for this optimizer's parameters alone: every other network is a constant and costs nothing."""
+    return torch.autograd.grad(loss, optimizer.param_groups[0]["params"], retain_graph=retain)
+
+
+def apply(found: tuple[Tensor, ...], optimizer: torch.optim.Optimizer) -> None:
+    """One step of `optimizer` down the gradients, averaged over all processes."""
+    if dist.is_initialized():
+        flat = torch.cat([gradient.reshape(-1) for gradient in found])
+        dist.all_reduce(flat)
+        flat /= processes()
+        found = [part.view(g.shape) for part, g in zip(flat.split([g.numel() for g in found]), found)]
+    for parameter, gradient in zip(optimizer.param_groups[0]["params"], found):
+        if gradient.stride() != parameter.stride():  # the fused kernel walks both in memory order
+            gradient = torch.empty_like(parameter).copy_(gradient)
+        parameter.grad = gradient
+    optimizer.step()
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One optimizer step down `loss`; moves no other network and leaves no gradient on one."""
+    apply(gradients(loss, optimizer), optimizer)
+
+
+def distribute(network: nn.Module) -> nn.Module:
+    """Batch norm over the whole batch instead of each process's share, where it can be (CUDA)."""
+    return (
+        nn.SyncBatchNorm.convert_sync_batchnorm(network) if processes() > 1 and torch.cuda.is_available() else network
+    )
+
+
+class GraphedStep:
+    """A training step captured as one CUDA graph and replayed: a step costs one launch instead of hundreds."""
+
+    def __init__(self, step: Callable):
+        self.step, self.calls, self.graph = step, 0, None
+
+    def __call__(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        self.calls += 1
+        if (
+            self.calls <= 3
+        ):  # real steps, on a stream of their own as capture requires: they create the optimizers' state
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                losses = self.step(images, labels)
+            torch.cuda.current_stream().wait_stream(stream)
+            return losses
+        if self.calls == 4:
+            self.images, self.labels = images.clone(), labels.clone() if labels is not None else None
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self.losses = self.step(self.images, self.labels)
+                self.graph = graph
+            except RuntimeError as error:
+                print(f"no CUDA graph ({str(error).splitlines()[0]}): steps run one kernel at a time")
+        if self.graph is None:
+            return self.step(images, labels)
+        self.images.copy_(images)
+        if labels is not None:
+            self.labels.copy_(labels)
+        self.graph.replay()
+        return self.losses
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+
+class Data(NamedTuple):
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor | None  # int64 (N,), or None for a folder of images
+
+
+def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | None = None) -> Data:
+    """The images of a data set: mnist, fashion and digits are 1x28x28 with labels; anime and folders 3 x size x size without.
+
+    Raises UserError when the data is absent and can't be fetched, is damaged, or holds no image.
+    """
+    with first_process_first():
+        if name == "digits":
+            return draw_digits(train)
+        if name in LABELLED:
+            return load_idx(name, Path(data_dir), train)
+        return Data(load_folder(Path(data_dir, "anime") if name == "anime" else Path(name), size), None)
+
+
+def load_idx(name: str, data_dir: Path, train: bool) -> Data:
+    """MNIST or Fashion-MNIST in torchvision's layout, <data_dir>/<MNIST or FashionMNIST>/raw."""
+    from torchvision import datasets
+
+    kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
+    raw, prefix = data_dir / kind.__name__ / "raw", "train" if train else "t10k"
+    files = [raw / f"{prefix}-{part}-ubyte" for part in ("images-idx3", "labels-idx1")]
+    if not all(file.exists() for file in files):
+        download(kind, data_dir, raw)
+    tensors = []
+    for file, read in zip(files, (datasets.mnist.read_image_file, datasets.mnist.read_label_file)):
+        try:
+            tensors.append(read(str(file)))
+        except (AssertionError, ValueError, RuntimeError, KeyError, IndexError, OSError) as error:
+            raise UserError(f"{file} is damaged or no idx file: delete it, and it is downloaded again") from error
+    images, labels = tensors
+    if images.shape[1:] != (28, 28) or len(images) != len(labels) or not len(labels) or labels.max() > 9:
+        raise UserError(f"{files[0]} and its labels don't belong together: delete both, and they are downloaded again")
+    return Data(images[:, None], labels.long())
+
+
+def download(kind: type, data_dir: Path, raw: Path) -> None:
+    """Fetch a torchvision data set into a folder of its own, then move its files in place, each whole."""
+    if not is_quiet():
+        print(f"downloading {kind.__name__} to {raw}", flush=True)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as folder:
+            if raw.exists():
+                shutil.copytree(raw, Path(folder, kind.__name__, "raw"))  # archives that are there are used
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                kind(folder, download=True)
+            raw.mkdir(parents=True, exist_ok=True)
+            for file in Path(folder, kind.__name__, "raw").iterdir():
+                os.replace(file, raw / file.name)
+    except OSError as error:
+        if error.filename is not None:
+            raise UserError(f"can't write {error.filename}: {error.strerror}: choose another --data-dir") from error
+        raise UserError(no_download(kind, raw)) from error
+    except RuntimeError as error:
+        raise UserError(no_download(kind, raw)) from error
+
+
+def no_download(kind: type, raw: Path) -> str:
+    names = ", ".join(
+        f"{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    )
+    return f"{kind.__name__} can't be downloaded: put {names} into {raw}, or try --dataset digits, which needs none"
+
+
+def draw_digits(train: bool = True) -> Data:
+    """Ten thousand (train) or two thousand (test) digits in Pillow's own font, each slanted, turned, sized and thickened at random.
+
+    Always the same pictures, made in a few seconds: for trying things out without a download.
+    """
+    count, chance = (10_000, random.Random("digits")) if train else (2_000, random.Random("digits, test"))
+    font = ImageFont.load_default(size=64)
+    glyphs = {}
+    for digit in range(10):
+        for stroke in range(5):
+            glyphs[digit, stroke] = glyph = Image.new("L", (96, 96))
+            ImageDraw.Draw(glyph).text((48, 48), str(digit), 255, font, anchor="mm", stroke_width=stroke)
+    labels = [i % 10 for i in range(count)]
+    chance.shuffle(labels)
+    pictures = bytearray()
+    for label in labels:
+        angle, slant = chance.gauss(0, 0.12), chance.gauss(0, 0.15)
+        across, down = (
+            chance.uniform(0.95, 1.45),
+            chance.uniform(0.95, 1.25),
+        )  # glyph pixels a pixel of the 56x56 picture
+        cos, sin = math.cos(angle), math.sin(angle)
+        a, b = across * (cos + slant * sin), across * (slant * cos - sin)
+        d, e = down * sin, down * cos
+        x, y = 28 + chance.uniform(-3, 3), 28 + chance.uniform(-3, 3)
+        matrix = (a, b, 48 - a * x - b * y, d, e, 48 - d * x - e * y)
+        glyph = glyphs[label, chance.randrange(5)]
+        picture = glyph.transform((56, 56), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR).reduce(2)
+        pictures += picture.tobytes()
+    return Data(torch.frombuffer(pictures, dtype=torch.uint8).view(count, 1, 28, 28), torch.tensor(labels))
+
+
+def load_folder(folder: Path, size: int) -> Tensor:
+    """The images under `folder` as uint8 (N, 3, size, size)."""
+    raise UserError("folders of images are not supported yet")
+
+
+def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor | None]]:
+    """This process's share of every batch of one epoch, in random order, on the device: uint8 (B, C, H, W), int64 (B,).
+
+    The last images that fill no batch are left out, so that every step has one shape; the next epoch permutes anew.
+    """
+    share = batch_size // processes()
+    order = torch.randperm(len(data.images))
+    for start in range(0, len(order) - batch_size + 1, batch_size):
+        picked = order[start + rank() * share : start + (rank() + 1) * share].to(data.images.device)
+        labels = data.labels[picked].to(device) if data.labels is not None else None
+        yield data.images[picked].to(device, non_blocking=True), labels
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 0..255 to float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
+def to_symmetric(images: Tensor) -> Tensor:
+    """uint8 0..255 to float32 in [-1, 1], the range of tanh."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def symmetric_to_unit(images: Tensor) -> Tensor:
+    """Floats in [-1, 1] to float32 in [0, 1]."""
+    return images.float().add(1).div_(2)
+
+
+# -------------------------------------------------------------------------------------------------------------- pictures
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Floats in [0, 1] to the nearest uint8, on the CPU."""
+    return images.detach().float().mul(255).add_(0.5).clamp_(0, 255).to("cpu", torch.uint8)
+
+
+def grid(images: Tensor, columns: int = 8) -> Tensor:
+    """Images (N, C, H, W) as one picture (C, rows * (H + 2) + 2, columns * (W + 2) + 2)."""
+    from torchvision.utils import make_grid
+
+    channels = images.shape[1]
+    return make_grid(images, nrow=columns)[:channels]  # it makes three channels of one
+
+
+def to_picture(image: Tensor | Image.Image) -> Image.Image:
+    """A float (C, H, W) in [0, 1] as a Pillow image, grey for one channel."""
+    if isinstance(image, Image.Image):
+        return image
+    pixels = to_bytes(image)
+    return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def write_picture(path: str | Path, image: Tensor | Image.Image, sync: bool = True) -> None:
+    with replacing(path, sync) as temporary:
+        to_picture(image).save(temporary, format="PNG")
+
+
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten) from low to high."""
+    step = 10 ** math.floor(math.log10((high - low) / count))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+COLOURS = (
+    "#1f77b4",
+    "#ff7f0e",
+    "#2ca02c",
+    "#d62728",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#7f7f7f",
+    "#bcbd22",
+    "#17becf",
+)
+
+
+class Plot:
+    """An empty figure with axes, ticks and a legend; draw at `point(x, y)` on `draw`. Twice the size, so that lines look smooth."""
+
+    def __init__(self, x_range, y_range, x_label: str, y_label: str, legend: dict[str, str], log_y: bool = False):
+        self.width, self.height, self.log_y = 1600, 1000, log_y
+        self.image = Image.new("RGB", (self.width, self.height), "white")
+        self.draw = ImageDraw.Draw(self.image)
+        self.font = ImageFont.load_default(size=28)
+        (self.x0, self.x1), (self.y0, self.y1) = x_range, y_range
+        self.left, self.right, self.top, self.bottom = 150, self.width - 40, 40, self.height - 110
+        for x in ticks(self.x0, self.x1):
+            column = self.point(x, self.y0)[0]
+            self.draw.line((column, self.top, column, self.bottom), "#e6e6e6", 2)
+            self.draw.text((column, self.bottom + 12), f"{x:g}", "black", self.font, anchor="ma")
+        if log_y:
+            powers = range(math.ceil(math.log10(self.y0) - 1e-9), math.floor(math.log10(self.y1) + 1e-9) + 1)
+            y_ticks = [10.0**power for power in powers]
+        else:
+            y_ticks = ticks(self.y0, self.y1)
+        for y in y_ticks:
+            row = self.point(self.x0, y)[1]
+            self.draw.line((self.left, row, self.right, row), "#e6e6e6", 2)
+            self.draw.text((self.left - 12, row), f"{y:g}", "black", self.font, anchor="rm")
+        self.draw.rectangle((self.left, self.top, self.right, self.bottom), outline="black", width=2)
+        self.draw.text(((self.left + self.right) / 2, self.height - 16), x_label, "black", self.font, anchor="md")
+        side = Image.new("L", (self.bottom - self.top, 40))
+        ImageDraw.Draw(side).text((side.width / 2, 20), y_label, 255, self.font, anchor="mm")
+        self.image.paste("black", (8, self.top), side.rotate(90, expand=True))
+        self.legend = legend
+
+    def point(self, x: float, y: float) -> tuple[float, float]:
+        if self.log_y:
+            part = math.log(max(y, 1e-30) / self.y0) / math.log(self.y1 / self.y0)
+        else:
+            part = (y - self.y0) / (self.y1 - self.y0)
+        across = (x - self.x0) / (self.x1 - self.x0)
+        return self.left + across * (self.right - self.left), self.bottom - part * (self.bottom - self.top)
+
+    def finish(self) -> Image.Image:
+        """The figure (800x500) with its legend on top."""
+        width = max((self.draw.textlength(name, self.font) for name in self.legend), default=0) + 80
+        box = (self.right - width - 10, self.top + 10, self.right - 10, self.top + 20 + 38 * len(self.legend))
+        if self.legend:
+            self.draw.rectangle(box, "white", "#bbbbbb", 2)
+        for i, (name, colour) in enumerate(self.legend.items()):
+            y = box[1] + 24 + 38 * i
+            self.draw.rectangle((box[0] + 12, y - 5, box[0] + 52, y + 5), colour)
+            self.draw.text((box[0] + 64, y), name, "black", self.font, anchor="lm")
+        return self.image.reduce(2)
+
+
+def plot_lines(curves: dict[str, list[float]], x_label: str, y_label: str) -> Image.Image:
+    """Curves over 1, 2, 3... as a figure; the y axis is logarithmic when positive values span more than two decades."""
+    values = sorted(value for curve in curves.values() for value in curve)
+    log_y = values[0] > 0 and values[-1] / values[0] > 100
+    low, high = values[0], values[-1]
+    margin = 0.05 * (high - low) or 0.5
+    y_range = (low / 1.3, high * 1.3) if log_y else (low - margin, high + margin)
+    length = max(len(curve) for curve in curves.values())
+    colours = dict(zip(curves, COLOURS))
+    plot = Plot((1, max(length, 2)), y_range, x_label, y_label, colours, log_y)
+    for name, curve in curves.items():
+        points = [plot.point(i + 1, value) for i, value in enumerate(curve)]
+        if len(points) == 1:
+            plot.draw.ellipse((points[0][0] - 6, points[0][1] - 6, points[0][0] + 6, points[0][1] + 6), colours[name])
+        else:
+            plot.draw.line(points, colours[name], 4, joint="curve")
+    return plot.finish()
+
+
+def label_panels(panels: list[tuple[str, Image.Image]], columns: int = 2) -> Image.Image:
+    """Pictures of one size side by side, each under its title: the reports' four-panel figure."""
+    width, height = max(p.width for _, p in panels), max(p.height for _, p in panels)
+    font, columns = ImageFont.load_default(size=max(12, height // 18)), min(columns, len(panels))
+    title, gap = font.size * 2, font.size
+    rows = -(-len(panels) // columns)
+    figure = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + title + gap)), "white")
+    for i, (text, panel) in enumerate(panels):
+        x, y = gap + i % columns * (width + gap), title + i // columns * (height + title + gap)
+        ImageDraw.Draw(figure).text((x + width / 2, y - title / 2), text, "black", font, anchor="mm")
+        figure.paste(panel, (x, y))
+    return figure
+
+
+def write_gif(path: str | Path, frames: list[Image.Image], seconds: float = 0.15) -> None:
+    """An endless animation that rests on its last frame; few colours keep it small."""
+    colours = 16 if frames[0].mode == "L" else 64
+    frames = [
+        frame.quantize(colours) if frame.mode == "L" else frame.convert("RGB").quantize(colours) for frame in frames
+    ]
+    durations = [round(1000 * seconds)] * (len(frames) - 1) + [2000]
+    with replacing(path) as temporary:
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+# ------------------------------------------------------------------------------------------------------- a run's folder
+
+
+def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
+    """The checkpoint of a run's folder; never runs code from it. UserError when absent, damaged or of another script."""
+    path = Path(out_dir, "checkpoint.pt")
+    if not path.is_file():
+        raise UserError(f"{path}: there is no checkpoint: train first, or name the run's folder with --out-dir")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        raise UserError(
+            f"{path} is damaged or no checkpoint of ours, and was not loaded ({type(error).__name__})"
+        ) from error
+    keys = {"format", "script", "options", "epoch", "networks", "optimizers", "history"}
+    if not isinstance(checkpoint, dict) or set(checkpoint) != keys or checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is no checkpoint of this version: train anew")
+    if script is not None and checkpoint["script"] != script:
+        raise UserError(f"{path} was written by {checkpoint['script']}.py: sample and resume it with that script")
+    return checkpoint
+
+
+class Run:
+    """A training run and its folder: epochs, batches, log, curves, pictures, checkpoint.
+
+    A run resumed from its checkpoint is the run that was never stopped, bit for bit on the CPU: everything
+    random is seeded from (seed, epoch), so that weights and optimizer state are all there is to keep.
+    """
+
+    def __init__(self, args: argparse.Namespace, compute: Compute, data: Data, networks: dict, optimizers: dict):
+        self.args, self.compute, self.data = args, compute, data
+        self.networks, self.optimizers = networks, optimizers
+        self.folder, self.history, self.epoch = Path(args.out_dir), [], 0
+        self.steps = len(data.images) // args.batch_size
+        self.names, self.extra, self.interrupted, self.display = [], {}, False, None
+        self.saved_at, self.saving = -math.inf, 0.0
+        if self.steps == 0:
+            raise UserError(f"--batch-size {args.batch_size} is larger than the data: {len(data.images):,} images")
+        if args.batch_size % processes():
+            raise UserError(f"--batch-size {args.batch_size} can't be shared evenly by {processes()} processes")
+        if args.checkpoint is not None:
+            self.restore(args.checkpoint)
+        if compute.device.type == "cuda" and data.images.nbytes < torch.cuda.mem_get_info(compute.device)[0] // 2:
+            labels = data.labels.to(compute.device) if data.labels is not None else None
+            self.data = Data(data.images.to(compute.device), labels)
+        if not is_quiet():
+            if args.checkpoint is None and (self.folder / "checkpoint.pt").exists():
+                self.keep_earlier_run()
+            for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                leftover.unlink(missing_ok=True)
+            print(
+                f"{args.script}: {args.preset} on {args.dataset}, {len(data.images):,} images, {self.steps} steps an epoch"
+            )
+            write_picture(self.folder / "real.png", grid(to_unit(self.data.images[:64].cpu())))
+
+    def restore(self, checkpoint: dict) -> None:
+        try:
+            for name, network in self.networks.items():
+                network.load_state_dict(checkpoint["networks"][name])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(checkpoint["optimizers"][name])
+            self.history, self.epoch = list(checkpoint["history"]), int(checkpoint["epoch"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise UserError(f"the checkpoint in {self.folder} does not fit this version's networks ({line})") from error
+        if self.epoch > self.args.epochs:
+            raise UserError(f"the run has {self.epoch} epochs already, --epochs asks for {self.args.epochs}")
+
+    def keep_earlier_run(self) -> None:
+        """A new run never overwrites another: the earlier one moves aside."""
+        names = (self.folder.with_name(f"{self.folder.name}-{i}") for i in range(1, 10**6))
+        aside = next(name for name in names if not name.exists())
+        try:
+            self.folder.rename(aside)
+        except OSError as error:
+            raise UserError(f"{self.folder} holds a run and can't be moved aside: {error.strerror}") from error
+        print(
+            f"{self.args.script}: the run that was in {self.folder} is now {aside} (--resume would have gone on with it)"
+        )
+
+    def capture(self, step: Callable) -> Callable:
+        """`step` as one CUDA graph, where that can be."""
+        if self.compute.device.type != "cuda":
+            return step
+        if processes() > 1:
+            if not is_quiet():
+                print("no CUDA graph: several processes exchange gradients within a step")
+            return step
+        return GraphedStep(step)
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs still to train. After each: the losses are checked and logged, and what is due is saved."""
+
+        def note(*_):
+            if self.interrupted:  # twice: at once
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        with handling_signals({signal.SIGINT: note, signal.SIGTERM: note}):
+            for epoch in range(self.epoch + 1, self.args.epochs + 1):
+                seed_everything(self.args.seed, epoch)
+                self.step, self.extra, self.started = 0, {}, time.perf_counter()
+                self.shown = self.started
+                for network in self.networks.values():
+                    network.train()
+                yield epoch
+                self.end_epoch(epoch)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        return batches(self.data, self.args.batch_size, self.compute.device)
+
+    def record(self, losses: dict[str, Tensor]) -> None:
+        """Keep a step's losses, without waiting for the device. Their names carry their units: "generator loss [nats]"."""
+        if not self.names:
+            self.names = list(losses)
+            self.losses = torch.zeros(self.steps, len(losses), device=self.compute.device)
+        self.losses[self.step] = torch.stack([loss.detach() for loss in losses.values()])
+        self.step += 1
+        self.stop_if_interrupted()
+        now = time.perf_counter()
+        if now - self.shown > 0.5 and sys.stdout.isatty() and not is_quiet():
+            self.shown = now
+            self.show(self.losses[self.step - 1].tolist(), self.step, now - self.started)
+
+    def show(self, losses: list[float], step: int, seconds: float) -> None:
+        """The progress line."""
+        done, total = len(self.history) + 1, self.args.epochs
+        per_epoch = [row["seconds"] for row in self.history[-5:]] or [seconds * self.steps / step]
+        left = sum(per_epoch) / len(per_epoch) * (total - done) + seconds * (self.steps / step - 1)
+        figures = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in zip(self.names, losses))
+        rate = step * self.args.batch_size / seconds
+        line = f"epoch {done:>{len(str(total))}}/{total}  {figures}  {rate:,.0f} images/s  {clock(left)} left"
+        show_line(line, end="\n" if step == self.steps or not sys.stdout.isatty() else "")
+
+    def stop_if_interrupted(self) -> None:
+        if self.interrupted:
+            saved = (
+                f"python {self.args.script}.py --resume --out-dir {self.args.out_dir} goes on after epoch {self.epoch}"
+            )
+            raise KeyboardInterrupt(
+                "interrupted: " + (saved if self.epoch else "nothing was saved before the first epoch's end")
+            )
+
+    def add(self, figures: dict[str, float]) -> None:
+        """More figures for this epoch's row of the log, such as test losses."""
+        self.extra |= figures
+
+    def end_epoch(self, epoch: int) -> None:
+        losses = self.losses[: self.step].double()
+        for bad in (~losses.isfinite()).nonzero().tolist()[:1]:
+            name = self.names[bad[1]]
+            self.diverged(f"{name} is {losses[bad[0], bad[1]]:g} in epoch {epoch}, step {bad[0] + 1}")
+        for name, network in self.networks.items():
+            if not torch.stack([tensor.isfinite().all() for tensor in network.state_dict().values()]).all():
+                self.diverged(f"the {name} has weights that are not finite after epoch {epoch}")
+        means = losses.mean(0)
+        if dist.is_initialized():
+            means = means.float()
+            dist.all_reduce(means)
+            means /= processes()
+        seconds = time.perf_counter() - self.started
+        rate = self.step * self.args.batch_size / seconds
+        row = {"epoch": epoch, **dict(zip(self.names, means.tolist())), **self.extra}
+        if not is_quiet():
+            self.show(means.tolist(), self.step, seconds)
+        self.history.append(row | {"seconds": round(seconds, 3), "images per second": round(rate, 1)})
+        # At most one part in 33 of the time goes into saving, however short an epoch is.
+        if epoch == self.args.epochs or time.perf_counter() - self.saved_at > 33 * self.saving:
+            self.save(epoch)
+
+    def diverged(self, what: str) -> None:
+        kept = f"the checkpoint of epoch {self.epoch} is kept" if self.epoch else "no checkpoint was written"
+        raise UserError(f"{what}: {kept}; a lower --lr may help")
+
+    def save(self, epoch: int) -> None:
+        """Write log, curves and checkpoint, each whole; the checkpoint last, since it is what a resumed run believes."""
+        started = time.perf_counter()
+        self.epoch = epoch
+        if is_quiet():
+            return
+        with replacing(self.folder / "log.csv") as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.history[-1]))
+            writer.writeheader()
+            writer.writerows(self.history)
+        plain = {"epoch", "seconds", "images per second"}
+        curves = {name: [row[name] for row in self.history] for name in self.history[-1] if name not in plain}
+        write_picture(self.folder / "losses.png", plot_lines(curves, "epoch", "loss"))
+        buffer = io.BytesIO()  # torch.save into memory first: its own file errors hide the reason
+        torch.save(self.state(), buffer)
+        with replacing(self.folder / "checkpoint.pt") as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+        self.saved_at = time.perf_counter()
+        self.saving = self.saved_at - started
+
+    def state(self) -> dict:
+        """The checkpoint: tensors, numbers and strings alone, so that it loads without running code."""
+        return dict(
+            format=CHECKPOINT_FORMAT,
+            script=self.args.script,
+            options=stored_options(self.args),
+            epoch=self.epoch,
+            networks={name: network.state_dict() for name, network in self.networks.items()},
+            optimizers={name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            history=self.history,
+        )
+
+    def save_samples(self, images: Tensor) -> None:
+        """This epoch's picture of the fixed latents, images (N, C, H, W) in [0, 1]; in a notebook it is shown in line."""
+        if is_quiet():
+            return
+        picture = to_picture(grid(images))
+        write_picture(self.folder / "samples" / f"epoch-{len(self.history) + 1:04}.png", picture)
+        if in_notebook():
+            from IPython.display import display
+
+            if self.display is None:
+                self.display = display(picture, display_id=True)
+            else:
+                self.display.update(picture)
+
+    def save_picture(self, name: str, image: Tensor | Image.Image) -> None:
+        """A picture of the model's own in the run's folder: float (C, H, W) in [0, 1] or a Pillow image."""
+        if not is_quiet():
+            write_picture(self.folder / name, image)
+
+    def finish(self) -> None:
+        """The four-panel figure at a quarter, half, three quarters and all of the epochs, the animation, and the last line."""
+        if is_quiet():
+            return
+        total = self.args.epochs
+        path = "{}/samples/epoch-{:04}.png".format
+        quarters = sorted({max(1, round(total * part / 4)) for part in (1, 2, 3, 4)})
+        shown = [epoch for epoch in quarters if os.path.exists(path(self.folder, epoch))]
+        if shown:
+            panels = [(f"Epoch {epoch}", Image.open(path(self.folder, epoch))) for epoch in shown]
+            write_picture(self.folder / "progress.png", label_panels(panels))
+            moments = sorted({1 + round(i * (total - 1) / 39) for i in range(40)})
+            frames = [
+                Image.open(path(self.folder, epoch)) for epoch in moments if os.path.exists(path(self.folder, epoch))
+            ]
+            write_gif(self.folder / "progress.gif", frames)
+        print(f"{self.args.script}: done, pictures in {self.folder}: look at {self.folder / 'progress.png'}")
+
+
+# -------------------------------------------------------------------------------------------------------------- sampling
+
+
+class Sampler(NamedTuple):
+    """What a trained model offers to anyone who knows nothing about it."""
+
+    latent_size: int
+    generate: Callable  # (latents (N, latent_size), labels (N,) or None) -> images float32 (N, C, H, W) in [0, 1]
+    parameters: int  # weights of all networks
+    classes: int = 0  # labels that `generate` takes; 0 for an unconditional model
+    evaluate: Callable | None = (
+        None  # (images uint8 (N, C, H, W)) -> dict of figures in nats, for models with a likelihood
+    )
+
+
+def restore_networks(networks: dict[str, nn.Module], checkpoint: dict, device: torch.device) -> dict[str, nn.Module]:
+    """Networks with the checkpoint's weights on the device, in eval mode; UserError when they don't fit."""
+    try:
+        for name, network in networks.items():
+            network.load_state_dict(checkpoint["networks"][name])
+            network.to(device).eval()
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(f"the checkpoint does not fit this version's networks ({line}): train anew") from error
+    return networks
+
+
+def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = None, chunk: int = 500) -> Iterator:
+    """`count` samples in chunks: uint8 images (n, C, H, W) on the CPU and their labels (n,) or None. Classes come in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, count, chunk):
+        size = min(chunk, count - start)
+        latents = torch.randn(chunk, sampler.latent_size, generator=generator)[:size].to(device)
+        labels = None
+        if sampler.classes:
+            labels = (
+                torch.arange(start, start + size) % sampler.classes if label is None else torch.full((size,), label)
+            )
+        images = sampler.generate(latents, labels.to(device) if labels is not None else None)
+        yield to_bytes(images), labels
+
+
+def sample(args: argparse.Namespace, load_sampler: Callable) -> None:
+    """--sample N --to PATH: a grid for a name that ends in .png, else a folder with one PNG an image."""
+    target = Path(args.to or Path(args.out_dir, "sample.png"))
+    if target.suffix.lower() in (".jpg", ".jpeg", ".gif", ".webp", ".bmp"):
+        raise UserError(f"--to {target}: a grid is written as PNG: give a name that ends in .png, or a folder")
+    as_grid = target.suffix.lower() == ".png"
+    if as_grid and args.sample > 10_000:
+        raise UserError("a grid shows at most 10,000 images: --to FOLDER writes any number")
+    if target.is_dir() if as_grid else target.exists() and not target.is_dir():
+        raise UserError(f"--to {target}: there is a {'folder' if as_grid else 'file'} of that name")
+    compute = choose_compute(args)
+    sampler = load_sampler(args.checkpoint, compute.device)
+    chunks = draw(sampler, args.sample, args.seed, compute.device, getattr(args, "label", None))
+    if as_grid:
+        images = torch.cat([images for images, _ in chunks])
+        write_picture(target, grid(to_unit(images), columns=min(math.ceil(math.sqrt(args.sample)), 100)))
+    else:
+        write_folder(target, chunks, args.sample)
+    print(f"{args.script}: {args.sample:,} images in {target}")
+    if as_grid and in_notebook():
+        from IPython.display import display
+
+        display(Image.open(target))
+
+
+def write_folder(folder: Path, chunks: Iterator, count: int) -> None:
+    """One PNG an image, 00000.png and on; labelled images in a sub-folder a class."""
+    written, progress = 0, Progress(count, "images")
+    digits = max(5, len(str(count - 1)))
+    others = {path.stem for path in folder.rglob("*.png")} - {f"{i:0{digits}}" for i in range(count)}
+    if others:
+        raise UserError(
+            f"--to {folder}: it holds other images, such as {min(others)}.png, which would mix with the samples"
+        )
+    for images, labels in chunks:
+        for i, image in enumerate(images):
+            place = folder if labels is None else folder / str(int(labels[i]))
+            write_picture(place / f"{written:0{digits}}.png", to_unit(image), sync=False)
+            written += 1
+        progress.update(written)

@@ -1,0 +1,154 @@
+"""GAN: a generator and a discriminator of linear layers that learn from each other.
+
+    python gan.py                                   # MNIST, the first report's numbers: 200 epochs
+    python gan.py --preset banerjee                 # the second report's
+    python gan.py --dataset digits                  # nothing to download
+    python gan.py --sample 64 --to grid.png         # draw from the trained run
+
+The generator turns Gaussian noise into an image; the discriminator tells real images from generated ones; each is
+trained against the other (Goodfellow et al. 2014, arXiv 1406.2661). The networks and numbers are the reports'. What these
+leave open: Gaussian latents, the paper's non-saturating generator loss, and one batch of generated images a
+step that serves both players.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "pillow>=10.1"]
+# ///
+
+from argparse import Namespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+PRESETS = {
+    "guo": dict(
+        epochs=200, batch_size=100, lr=2e-4,
+        latent_size=64, generator_sizes=(256, 256), generator_slope=0.0, discriminator_sizes=(256, 256), dropout=0.0,
+    ),
+    "banerjee": dict(
+        epochs=100, batch_size=128, lr=2e-4,
+        latent_size=100, generator_sizes=(128, 256, 512), generator_slope=0.2, discriminator_sizes=(512, 256, 128), dropout=0.4,
+    ),
+}  # fmt: skip
+
+
+class Generator(nn.Sequential):
+    """Latents (N, latent_size) to images (N, 1, 28, 28) in [-1, 1]. A LeakyReLU of slope 0 is a ReLU."""
+
+    def __init__(self, latent_size: int, sizes: tuple[int, ...], slope: float):
+        layers = []
+        for inputs, outputs in zip((latent_size, *sizes), sizes):
+            layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(slope)]
+        super().__init__(*layers, nn.Linear(sizes[-1], 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
+
+
+class Discriminator(nn.Sequential):
+    """Images (N, 1, 28, 28) in [-1, 1] to logits (N,) of being real."""
+
+    def __init__(self, sizes: tuple[int, ...], dropout: float):
+        layers = [nn.Flatten()]
+        for inputs, outputs in zip((784, *sizes), sizes):
+            layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(0.2)]
+            layers += [nn.Dropout(dropout)] if dropout else []
+        super().__init__(*layers, nn.Linear(sizes[-1], 1), nn.Flatten(0))
+
+
+def build(args: Namespace) -> dict[str, nn.Module]:
+    return dict(
+        generator=Generator(args.latent_size, args.generator_sizes, args.generator_slope),
+        discriminator=Discriminator(args.discriminator_sizes, args.dropout),
+    )
+
+
+def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+    """-log D(x) - log(1 - D(G(z))), mean over the batch, in nats: 2 log 2 = 1.386 when it can't tell (Goodfellow et al., eq. 1)."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
+    """-log D(G(z)), mean over the batch, in nats: the non-saturating loss (Goodfellow et al., section 3)."""
+    return F.softplus(-fake_logits).mean()
+
+
+def make_optimizers(args: Namespace, networks: dict[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
+    return {name: common.adam(network.parameters(), args.lr) for name, network in networks.items()}
+
+
+def make_step(args: Namespace, compute: common.Compute, networks: dict, optimizers: dict):
+    """A function from a batch, uint8 (N, 1, 28, 28), to the losses of one step of both players."""
+    generator, discriminator = networks["generator"], networks["discriminator"]
+
+    def step(images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        real_images = common.to_symmetric(images)
+        latents = common.randn(len(images), args.latent_size, device=compute.device)
+        with compute.autocast():
+            fake_images = generator(latents)
+            both = torch.cat([real_images, fake_images.detach()])
+            real_logits, fake_logits = discriminator(both).float().chunk(2)
+        loss_of_discriminator = discriminator_loss(real_logits, fake_logits)
+        common.descend(loss_of_discriminator, optimizers["discriminator"])
+
+        with compute.autocast():
+            fake_logits = discriminator(fake_images).float()
+        loss_of_generator = generator_loss(fake_logits)
+        common.descend(loss_of_generator, optimizers["generator"])
+        return {
+            "discriminator loss [nats]": loss_of_discriminator,
+            "generator loss [nats]": loss_of_generator,
+        }
+
+    return step
+
+
+def train(args: Namespace) -> None:
+    compute = common.choose_compute(args)
+    data = common.load_data(args.dataset, args.data_dir)
+    common.seed_everything(args.seed)
+    networks = {name: network.to(compute.device) for name, network in build(args).items()}
+    optimizers = make_optimizers(args, networks)
+    fixed_latents = torch.randn(64, args.latent_size).to(compute.device)
+
+    run = common.Run(args, compute, data, networks, optimizers)
+    step = run.capture(make_step(args, compute, networks, optimizers))
+    for _ in run.epochs():
+        for images, labels in run.batches():
+            run.record(step(images, labels))
+        run.save_samples(generate(networks["generator"], fixed_latents))
+    run.finish()
+
+
+@torch.no_grad()
+def generate(generator: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (N, latent_size) to images (N, 1, 28, 28) in [0, 1]."""
+    return common.symmetric_to_unit(generator.eval()(latents))
+
+
+def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
+    """What `--sample` and compare.py draw from: a trained run, rebuilt from its checkpoint alone."""
+    args = Namespace(**checkpoint["options"])
+    networks = common.restore_networks(build(args), checkpoint, device)
+    parameters = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
+    return common.Sampler(
+        args.latent_size, lambda latents, labels=None: generate(networks["generator"], latents), parameters
+    )
+
+
+def sample(args: Namespace) -> None:
+    common.sample(args, load_sampler)
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    return common.parse(common.make_parser("gan", __doc__, PRESETS), PRESETS, argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    common.run_command(train if args.sample is None else sample, args)
+
+
+if __name__ == "__main__":
+    main()
