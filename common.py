@@ -127,19 +127,12 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 def make_parser(script: str, doc: str, presets: dict, datasets: tuple[str, ...] = LABELLED) -> argparse.ArgumentParser:
     """The options that all scripts share, in one order. `datasets` that contain "folder" allow any path."""
     parser = Parser(
-        f"{script}.py",
-        description=doc.split("\n\n")[0],
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+        f"{script}.py", description=doc.split("\n\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
     names = [name for name in datasets if name != "folder"]
     some = dict(choices=names) if "folder" not in datasets else {}
     add = parser.add_argument
-    add(
-        "--preset",
-        choices=list(presets),
-        help=f"the report whose numbers are the defaults ({next(iter(presets))})",
-    )
+    add("--preset", choices=list(presets), help=f"the report whose numbers are the defaults ({next(iter(presets))})")
     add(
         "--dataset",
         metavar="NAME",
@@ -217,16 +210,7 @@ def adopt_options(checkpoint: dict, options: dict, given: dict, free: set[str]) 
 
 def stored_options(args: argparse.Namespace) -> dict:
     """What of the options defines the run, and is kept in its checkpoint: plain numbers and strings."""
-    passing = {
-        "out_dir",
-        "resume",
-        "sample",
-        "to",
-        "script",
-        "given",
-        "checkpoint",
-        "transient",
-    } | args.transient
+    passing = {"out_dir", "resume", "sample", "to", "script", "given", "checkpoint", "transient"} | args.transient
     return {name: value for name, value in vars(args).items() if name not in passing}
 
 
@@ -529,7 +513,7 @@ def draw_digits(train: bool = True) -> Data:
     font = ImageFont.load_default(size=64)
     glyphs = {}
     for digit in range(10):
-        for stroke in range(5):
+        for stroke in range(4):
             glyphs[digit, stroke] = glyph = Image.new("L", (96, 96))
             ImageDraw.Draw(glyph).text((48, 48), str(digit), 255, font, anchor="mm", stroke_width=stroke)
     labels = [i % 10 for i in range(count)]
@@ -546,7 +530,7 @@ def draw_digits(train: bool = True) -> Data:
         d, e = down * sin, down * cos
         x, y = 28 + chance.uniform(-3, 3), 28 + chance.uniform(-3, 3)
         matrix = (a, b, 48 - a * x - b * y, d, e, 48 - d * x - e * y)
-        glyph = glyphs[label, chance.randrange(5)]
+        glyph = glyphs[label, chance.randrange(4)]
         picture = glyph.transform((56, 56), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR).reduce(2)
         pictures += picture.tobytes()
     return Data(torch.frombuffer(pictures, dtype=torch.uint8).view(count, 1, 28, 28), torch.tensor(labels))
@@ -566,8 +550,8 @@ def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> 
     order = torch.randperm(len(data.images))
     for start in range(0, len(order) - batch_size + 1, batch_size):
         picked = order[start + rank() * share : start + (rank() + 1) * share].to(data.images.device)
-        labels = data.labels[picked].to(device) if data.labels is not None else None
-        yield data.images[picked].to(device, non_blocking=True), labels
+        labels = data.labels.index_select(0, picked).to(device) if data.labels is not None else None
+        yield data.images.index_select(0, picked).to(device, non_blocking=True), labels
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -621,18 +605,7 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-COLOURS = (
-    "#1f77b4",
-    "#ff7f0e",
-    "#2ca02c",
-    "#d62728",
-    "#9467bd",
-    "#8c564b",
-    "#e377c2",
-    "#7f7f7f",
-    "#bcbd22",
-    "#17becf",
-)
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
 
 class Plot:

@@ -96,10 +96,7 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
             fake_logits = discriminator(fake_images).float()
         loss_of_generator = generator_loss(fake_logits)
         common.descend(loss_of_generator, optimizers["generator"])
-        return {
-            "discriminator loss [nats]": loss_of_discriminator,
-            "generator loss [nats]": loss_of_generator,
-        }
+        return {"discriminator loss [nats]": loss_of_discriminator, "generator loss [nats]": loss_of_generator}
 
     return step
 
