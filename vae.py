@@ -1,0 +1,311 @@
+"""VAE: an encoder that describes each image by a small Gaussian cloud of latents, a decoder that draws it from there.
+
+    python vae.py                                            # the first report's run: MNIST, two latents, 200 epochs
+    python vae.py --preset banerjee-linear                   # the second report's, 16 latents, 100 epochs
+    python vae.py --preset banerjee-conv                     # and its convolutional one
+    python vae.py --evaluate                                 # the trained run's bounds on log p(x), test images
+    python vae.py --sample 64 --to grid.png                  # draw from it
+
+Both learn together to maximise the evidence lower bound, ELBO <= log p(x) (Kingma and Welling 2013, arXiv 1312.6114): the
+image must be found again from a random point of its cloud, and the clouds together must look like one standard Gaussian,
+so that a point drawn from that becomes an image. Losses are -ELBO in nats an image: sums over pixels and latents, means over images.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "pillow>=10.1"]
+# ///
+
+import math
+from argparse import Namespace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import common
+
+PRESETS = {
+    "guo": dict(epochs=200, batch_size=128, lr=1e-4, latent_size=2, convolutional=False, sizes=(256,), beta=1.0),
+    "banerjee-linear": dict(
+        epochs=100, batch_size=64, lr=1e-4, latent_size=16, convolutional=False, sizes=(512, 128), beta=1.0
+    ),
+    "banerjee-conv": dict(
+        epochs=100, batch_size=128, lr=1e-4, latent_size=16, convolutional=True, sizes=(32, 64, 128, 256), beta=1.0
+    ),
+}
+STRIDES = (2, 1, 1, 2)  # of the encoder's convolutions: 28 -> 14 -> 14 -> 14 -> 7; the decoder's are the mirror image
+IMPORTANCE_SAMPLES = 500  # an image, for the importance-weighted bound
+
+
+class LinearEncoder(nn.Sequential):
+    """Images (N, 1, 28, 28) in [0, 1] to mean and log variance of q(z | x), side by side: (N, 2 * latent_size)."""
+
+    def __init__(self, latent_size: int, sizes: tuple[int, ...]):
+        layers = [nn.Flatten()]
+        for inputs, outputs in zip((784, *sizes), sizes):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(sizes[-1], 2 * latent_size))
+
+
+class LinearDecoder(nn.Sequential):
+    """Latents (N, latent_size) to logits (N, 1, 28, 28): a pixel is white with probability sigmoid(logit)."""
+
+    def __init__(self, latent_size: int, sizes: tuple[int, ...]):
+        layers, sizes = [], sizes[::-1]
+        for inputs, outputs in zip((latent_size, *sizes), sizes):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(sizes[-1], 784), nn.Unflatten(1, (1, 28, 28)))
+
+
+class ConvolutionalEncoder(nn.Sequential):
+    """As LinearEncoder; dropout takes whole channels, since neighbouring pixels would give a lone one away."""
+
+    def __init__(self, latent_size: int, sizes: tuple[int, ...]):
+        layers = []
+        for inputs, outputs, stride in zip((1, *sizes), sizes, STRIDES):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.LeakyReLU(0.2), nn.Dropout2d(0.25)]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(sizes[-1] * 7 * 7, 2 * latent_size))
+
+
+class ConvolutionalDecoder(nn.Sequential):
+    """As LinearDecoder; the encoder's mirror image: 256x7x7 -> 128x14x14 -> 64x14x14 -> 32x14x14 -> 1x28x28."""
+
+    def __init__(self, latent_size: int, sizes: tuple[int, ...]):
+        sizes = sizes[::-1]
+        layers = [nn.Linear(latent_size, sizes[0] * 7 * 7), nn.Unflatten(1, (sizes[0], 7, 7))]
+        for inputs, outputs, stride in zip(sizes, (*sizes[1:], 1), STRIDES[::-1]):
+            layers += [
+                nn.ConvTranspose2d(inputs, outputs, 3, stride, padding=1, output_padding=stride - 1),
+                nn.ReLU(),
+            ]
+        super().__init__(*layers[:-1])  # the last layer's are logits
+
+
+def build(args: Namespace) -> dict[str, nn.Module]:
+    """The two networks; channels last in memory, in which convolutions are fastest."""
+    kinds = (
+        (ConvolutionalEncoder, ConvolutionalDecoder) if args.convolutional else (LinearEncoder, LinearDecoder)
+    )
+    encoder, decoder = (
+        kind(args.latent_size, args.sizes).to(memory_format=torch.channels_last) for kind in kinds
+    )
+    return dict(encoder=encoder, decoder=decoder)
+
+
+def encode(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 28, 28) in [0, 1] to the mean and the log variance of q(z | x), each float32 (N, latent_size)."""
+    mu, logvar = encoder(images).float().chunk(2, dim=1)
+    return mu, logvar
+
+
+def reparameterize(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """Latents of q(z | x) that let the gradient through to the encoder (Kingma and Welling, section 2.4)."""
+    return mu + (logvar / 2).exp() * noise
+
+
+def reconstruction_loss(logits: Tensor, images: Tensor) -> Tensor:
+    """-log p(x | z) with x in [0, 1] and independent Bernoulli pixels: (N, ...) to nats an image (N,), summed over pixels."""
+    return F.binary_cross_entropy_with_logits(logits, images, reduction="none").flatten(1).sum(1)
+
+
+def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(q(z | x) || N(0, I)), (N, latent_size) to nats an image (N,) (Kingma and Welling, appendix B)."""
+    return (mu.square() + logvar.exp() - logvar - 1).sum(1) / 2
+
+
+def make_optimizers(args: Namespace, networks: dict[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
+    parameters = [parameter for network in networks.values() for parameter in network.parameters()]
+    return dict(adam=common.adam(parameters, args.lr))
+
+
+def make_step(args: Namespace, compute: common.Compute, networks: dict, optimizers: dict):
+    """A function from a batch, uint8 (N, 1, 28, 28), to the losses of one step of both networks."""
+    encoder, decoder = networks["encoder"], networks["decoder"]
+
+    def step(images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        images = common.to_unit(images)
+        noise = common.randn(len(images), args.latent_size, device=compute.device)
+        with compute.autocast():
+            mu, logvar = encode(encoder, images)
+            logits = decoder(reparameterize(mu, logvar, noise)).float()
+        reconstruction = reconstruction_loss(logits, images).mean()
+        divergence = kl_divergence(mu, logvar).mean()
+        # beta weighs the divergence in training alone (Higgins et al. 2017): what is logged is the ELBO.
+        common.descend(reconstruction + args.beta * divergence, optimizers["adam"])
+        return name_losses("train", reconstruction, divergence)
+
+    return step
+
+
+def name_losses(split: str, reconstruction: Tensor, divergence: Tensor) -> dict[str, Tensor]:
+    """The columns of log.csv: -ELBO and the two parts of which it is the sum."""
+    return {
+        f"{split} loss [nats]": (reconstruction + divergence).detach(),
+        f"{split} reconstruction [nats]": reconstruction.detach(),
+        f"{split} KL [nats]": divergence.detach(),
+    }
+
+
+def train(args: Namespace) -> None:
+    compute = common.choose_compute(args)
+    data = common.load_data(args.dataset, args.data_dir)
+    test_data = common.load_data(args.dataset, args.data_dir, train=False)
+    common.seed_everything(args.seed)
+    networks = {name: network.to(compute.device) for name, network in build(args).items()}
+    encoder, decoder = networks.values()
+    optimizers = make_optimizers(args, networks)
+    fixed_latents = torch.randn(64, args.latent_size).to(compute.device)
+
+    run = common.Run(args, compute, data, networks, optimizers)
+    step = run.capture(make_step(args, compute, networks, optimizers))
+    for _ in run.epochs():
+        for images, labels in run.batches():
+            run.record(step(images, labels))
+        run.add(test_losses(encoder, decoder, test_data.images, compute.device))
+        run.save_samples(decode(decoder, fixed_latents))
+    run.save_picture("reconstructions.png", draw_reconstructions(encoder, decoder, test_data.images[:32], compute.device))
+    run.save_picture("latent.png", draw_latent_map(encoder, test_data, compute.device))
+    if args.latent_size == 2:
+        run.save_picture("manifold.png", draw_manifold(decoder, compute.device))
+    run.finish()
+
+
+@torch.no_grad()
+def test_losses(encoder: nn.Module, decoder: nn.Module, images: Tensor, device: torch.device) -> dict[str, float]:
+    """Figures for the log from all test images, uint8 (N, 1, 28, 28): one latent an image, eval mode, float32."""
+    encoder.eval(), decoder.eval()
+    parts = torch.zeros(2, dtype=torch.float64)
+    for chunk in images.split(500):
+        chunk = common.to_unit(chunk.to(device))
+        mu, logvar = encode(encoder, chunk)
+        logits = decoder(reparameterize(mu, logvar, torch.randn_like(mu)))
+        losses = torch.stack([reconstruction_loss(logits, chunk).sum(), kl_divergence(mu, logvar).sum()])
+        parts += losses.cpu()
+    named = name_losses("test", *parts / len(images))
+    return {name: loss.item() for name, loss in named.items()}
+
+
+@torch.no_grad()
+def log_weights(encoder: nn.Module, decoder: nn.Module, images: Tensor, samples: int) -> Tensor:
+    """log p(x, z) - log q(z | x) for latents z of q: images (N, 1, 28, 28) in [0, 1] to nats (N, samples).
+
+    Their mean is the ELBO of an image, the logarithm of their mean exponential the importance-weighted bound (Burda et al.
+    2015, arXiv 1509.00519, eq. 8), which is never below it and nears log p(x) with more samples.
+    """
+    mu, logvar = (part.repeat_interleave(samples, dim=0) for part in encode(encoder, images))  # (N * samples, latents)
+    noise = torch.randn_like(mu)
+    latents = reparameterize(mu, logvar, noise)
+    log_prior_ratio = (noise.square() + logvar - latents.square()).sum(1) / 2  # log p(z) - log q(z | x)
+    likelihood = -reconstruction_loss(decoder(latents), images.repeat_interleave(samples, dim=0))
+    return (likelihood + log_prior_ratio).view(-1, samples)
+
+
+def bounds(encoder: nn.Module, decoder: nn.Module, images: Tensor, device: torch.device, samples: int) -> dict[str, float]:
+    """Both bounds on log p(x), means over images uint8 (N, 1, 28, 28), in nats: in chunks of about 1,000 decoded images."""
+    encoder.eval(), decoder.eval()
+    progress, done, sums = common.Progress(len(images), "test images"), 0, torch.zeros(2, dtype=torch.float64)
+    for chunk in images.split(max(1, 1000 // samples)):
+        weights = log_weights(encoder, decoder, common.to_unit(chunk.to(device)), samples).double().cpu()
+        sums += torch.stack([weights.mean(1).sum(), (weights.logsumexp(1) - math.log(samples)).sum()])
+        done += len(chunk)
+        progress.update(done)
+    elbo, importance_weighted = (sums / len(images)).tolist()
+    return {"ELBO [nats]": elbo, f"importance-weighted bound, {samples} samples [nats]": importance_weighted}
+
+
+@torch.no_grad()
+def decode(decoder: nn.Module, latents: Tensor) -> Tensor:
+    """Latents (N, latent_size) to images (N, 1, 28, 28) in [0, 1]: the brightness that the decoder expects of each pixel."""
+    return decoder.eval()(latents).sigmoid()
+
+
+@torch.no_grad()
+def draw_reconstructions(encoder: nn.Module, decoder: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    """Rows of eight originals, uint8 (N, 1, 28, 28), each above a row of what the decoder makes of their mean latents."""
+    originals = common.to_unit(images.to(device))
+    reconstructions = decode(decoder, encode(encoder.eval(), originals)[0])
+    rows = torch.stack([originals.view(-1, 8, 1, 28, 28), reconstructions.view(-1, 8, 1, 28, 28)], dim=1)
+    return common.grid(rows.flatten(0, 2).cpu())
+
+
+@torch.no_grad()
+def draw_latent_map(encoder: nn.Module, data: common.Data, device: torch.device) -> Image.Image:
+    """Where the encoder puts each image, coloured by class; the first two principal components of more than two latents."""
+    encoder.eval()
+    points = torch.cat([encode(encoder, common.to_unit(chunk.to(device)))[0].cpu() for chunk in data.images.split(500)])
+    names = ["first latent", "second latent"]
+    if points.shape[1] > 2:
+        points -= points.mean(0)
+        _, deviations, directions = torch.linalg.svd(points, full_matrices=False)
+        shares = deviations.square() / deviations.square().sum()
+        points = points @ directions[:2].T  # (N, 2)
+        names = [f"{name} principal component, {share:.0%} of the variance" for name, share in zip(("first", "second"), shares)]
+    (left, bottom), (right, top) = points.amin(0).tolist(), points.amax(0).tolist()
+    margin = 0.03 * (top - bottom)
+    room_for_legend = 0.12 * (right - left)
+    colours = {str(label): colour for label, colour in enumerate(common.COLOURS)}
+    plot = common.Plot((left - margin, right + room_for_legend), (bottom - margin, top + margin), *names, colours)
+    for (x, y), label in zip(points.tolist(), data.labels.tolist()):
+        x, y = plot.point(x, y)
+        plot.draw.ellipse((x - 4, y - 4, x + 4, y + 4), common.COLOURS[label])
+    return plot.finish()
+
+
+def draw_manifold(decoder: nn.Module, device: torch.device, side: int = 20) -> Tensor:
+    """What the decoder draws across a two-dimensional latent space, in steps of equal probability under its Gaussian.
+
+    The first latent grows to the right and the second upwards, as in the latent map.
+    """
+    steps = torch.special.ndtri(torch.linspace(0.05, 0.95, side))  # the inverse of the Gaussian's distribution function
+    second, first = torch.meshgrid(steps.flip(0), steps, indexing="ij")
+    latents = torch.stack([first.flatten(), second.flatten()], dim=1)  # (side * side, 2)
+    return common.grid(decode(decoder, latents.to(device)).cpu(), columns=side)
+
+
+def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
+    """What `--sample`, `--evaluate` and compare.py ask of a trained run, rebuilt from its checkpoint alone."""
+    args = Namespace(**checkpoint["options"])
+    networks = common.restore_networks(build(args), checkpoint, device)
+    encoder, decoder = networks["encoder"], networks["decoder"]
+    return common.Sampler(
+        args.latent_size,
+        lambda latents, labels=None: decode(decoder, latents),
+        sum(parameter.numel() for network in networks.values() for parameter in network.parameters()),
+        evaluate=lambda images: bounds(encoder, decoder, images, device, IMPORTANCE_SAMPLES),
+    )
+
+
+def sample(args: Namespace) -> None:
+    common.sample(args, load_sampler)
+
+
+def evaluate(args: Namespace) -> None:
+    """Print the bounds on log p(x) of the run's test images, always in float32."""
+    compute = common.choose_compute(args)
+    sampler = load_sampler(args.checkpoint, compute.device)
+    images = common.load_data(args.dataset, args.data_dir, train=False).images
+    common.seed_everything(args.seed)
+    for name, figure in sampler.evaluate(images).items():
+        if not common.is_quiet():
+            print(f"{args.script}: test {name} {figure:.2f}")
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = common.make_parser("vae", __doc__, PRESETS)
+    group = parser.add_argument_group("VAE")
+    group.add_argument("--beta", type=common.number(float, 0), metavar="WEIGHT", help="weight of the KL in training (1)")
+    group.add_argument(
+        "--evaluate", action="store_true", help="print the test ELBO and importance-weighted bound of the run, in nats"
+    )
+    return common.parse(parser, PRESETS, argv, transient=("evaluate",))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    common.run_command(evaluate if args.evaluate else train if args.sample is None else sample, args)
+
+
+if __name__ == "__main__":
+    main()
