@@ -7,25 +7,31 @@ folder with its checkpoint, sampling. Images are uint8 (N, C, H, W) in memory an
 from __future__ import annotations
 
 import argparse
+import collections
+import concurrent.futures.process
 import contextlib
 import csv
 import hashlib
 import io
+import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 LABELLED = ("mnist", "fashion", "digits")  # data sets of 28x28 grey images in ten classes
@@ -536,9 +542,160 @@ def draw_digits(train: bool = True) -> Data:
     return Data(torch.frombuffer(pictures, dtype=torch.uint8).view(count, 1, 28, 28), torch.tensor(labels))
 
 
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # some of Pillow's other readers start programs
+
+
 def load_folder(folder: Path, size: int) -> Tensor:
-    """The images under `folder` as uint8 (N, 3, size, size)."""
-    raise UserError("folders of images are not supported yet")
+    """The images under `folder`, flat or nested, as uint8 (N, 3, size, size), mapped from a cache file that is made once.
+
+    The cache lies beside the folder (or under ~/.cache where that can't be written) and is made anew when a file was
+    added, removed or changed. Files that are no usable image are skipped and named. Raises UserError when none is left.
+    """
+    if not folder.is_dir():
+        hint = "python crawl_anime.py fills it" if folder.name == "anime" else "--dataset takes a name or a folder"
+        raise UserError(f"there is no folder {folder} ({hint})")
+    files, signature = list_files(folder, size)
+    places = [folder.parent, Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "image-folders")]
+    name = f"{folder.name}-{size}.images"
+    caches = [places[0] / name, places[1] / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}-{name}"]
+    cache = caches[0] if os.access(places[0], os.W_OK) else caches[1]
+    found = next((path for path in caches if read_footer(path).get("signature") == signature), None)
+    if found is None:
+        build_cache(cache, folder, files, size, signature)
+    footer = read_footer(found or cache)
+    if not is_quiet():
+        print(f"{footer['count']:,} images in {folder}{' (cached)' if found else ''}{footer['skipped']}")
+    shape = (footer["count"], 3, size, size)
+    return torch.from_file(str(found or cache), size=math.prod(shape), dtype=torch.uint8).view(shape)
+
+
+def list_files(folder: Path, size: int) -> tuple[list[str], str]:
+    """Relative paths of all files but hidden ones, sorted, and a digest that changes when one of them does."""
+    found = []
+
+    def visit(directory: str) -> None:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name.endswith(".images"):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    visit(entry.path)
+                elif entry.is_file():
+                    status = entry.stat()
+                    found.append((os.path.relpath(entry.path, folder), status.st_size, status.st_mtime_ns))
+
+    try:
+        visit(str(folder))
+    except OSError as error:
+        raise UserError(f"can't read {error.filename}: {error.strerror}") from error
+    found.sort()
+    digest = hashlib.sha256(f"images 1 {size}".encode())
+    for path, length, time_ns in found:
+        digest.update(os.fsencode(f"\0{path}\0{length} {time_ns}"))
+    return [path for path, _, _ in found], digest.hexdigest()
+
+
+def read_footer(cache: Path) -> dict:
+    """What stands behind the pixels of a cache: signature, count and skipped; {} when it is absent or not whole."""
+    try:
+        with open(cache, "rb") as file:
+            file.seek(-8, os.SEEK_END)
+            length = int.from_bytes(file.read(8), "big")
+            file.seek(-8 - length, os.SEEK_END)
+            return json.loads(file.read(length))
+    except (OSError, ValueError, OverflowError):
+        return {}
+
+
+def build_cache(cache: Path, folder: Path, files: list[str], size: int, signature: str) -> None:
+    """Decode all files in several processes and write their pixels one after the other: memory does not grow with N."""
+    count, skipped, reasons = 0, 0, []
+    paths = [os.path.join(folder, file) for file in files]
+    chunks = (paths[start : start + 64] for start in range(0, len(paths), 64))
+    progress = Progress(len(files), "files")
+    for leftover in cache.parent.glob(f".{cache.name}.*.tmp"):  # of builders that were killed; a live one keeps writing
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 3600:
+                leftover.unlink()
+    with replacing(cache) as temporary, open(temporary, "wb") as file:
+        for done, pictures in enumerate(map_in_processes(decode_images, chunks, len(paths) // 256, size)):
+            for path, picture in zip(files[64 * done :], pictures):
+                if isinstance(picture, bytes):
+                    file.write(picture)
+                    count += 1
+                else:
+                    skipped += 1
+                    reasons += [f"{path} ({picture})"] if skipped <= 3 else []
+            progress.update(min(64 * (done + 1), len(files)))
+        if not count:
+            what = f"{len(files):,} files, none of them a usable image: {', '.join(reasons)}" if files else "no file"
+            raise UserError(f"{folder} holds {what}; {', '.join(IMAGE_FORMATS)} are read")
+        more = f"; skipped {skipped:,} files: {', '.join(reasons)}{', ...' if skipped > 3 else ''}" if skipped else ""
+        footer = json.dumps(dict(signature=signature, count=count, skipped=more)).encode()
+        file.write(footer + len(footer).to_bytes(8, "big"))
+
+
+def map_in_processes(function: Callable, items: Iterator, workers: int, *args) -> Iterator:
+    """function(item, *args) of each item, in order, in up to 8 processes; few results wait at a time. In this one for 0."""
+    if workers == 0:
+        yield from (function(item, *args) for item in items)
+        return
+    count = min(workers, os.cpu_count() or 1, 8)  # each holds a copy of the libraries: about 0.2 GB
+    spawn = multiprocessing.get_context("spawn")  # forking a process that has threads can hang
+    pool = concurrent.futures.ProcessPoolExecutor(count, spawn, initializer=end_with_parent)
+    waiting = collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item, *args))
+            if len(waiting) > 4 * count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError("a process that decodes images was killed, perhaps for want of memory") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """Leave Ctrl-C to the parent process, and don't outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def decode_images(paths: list[str], size: int) -> list[bytes | str]:
+    """The pixels of each file, 3 x size x size bytes, or why there are none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # before the pixels are read
+        return [decode_image(path, size) for path in paths]
+
+
+def decode_image(path: str, size: int) -> bytes | str:
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
+            image.load()
+            with contextlib.suppress(Exception):  # damaged EXIF data do not damage the picture
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits
+                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            side = min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            box = (left, top, left + side, top + side)
+            image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+        return b"".join(band.tobytes() for band in image.split())
+    except Image.UnidentifiedImageError:
+        return "no image" if os.path.getsize(path) else "empty"
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        return "too large"
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        return f"damaged: {error}"[:80]
 
 
 def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor | None]]:
