@@ -1,0 +1,365 @@
+"""CVAE-GAN: an encoder, a generator, a discriminator and a classifier that learn to draw any class in any style.
+
+    python cvaegan.py                               # MNIST, the report's numbers: 200 epochs
+    python cvaegan.py --weights paper               # the paper's loss weights, made for 128x128 faces
+    python cvaegan.py --dataset digits              # nothing to download
+    python cvaegan.py --sample 1000 --to folder     # the classes in turn, a sub-folder each
+    python cvaegan.py --sample 64 --label 7         # sevens
+
+The algorithm is that of Bao et al. 2017 (arXiv 1703.10155). x_r is a real image of class c; x_f = G(E(x_r, c), c) is its
+reconstruction; x_p = G(z_p, c) is drawn from the prior, z_p ~ N(0, I). f_D and f_C are the inputs of the last layer of
+the discriminator D and the classifier C. Sums are over dimensions, means over the batch.
+
+    loss                                                        trains       weight: paper    ours
+    L_D   -log D(x_r) - log(1 - D(x_f)) - log(1 - D(x_p))       D                    1        1
+    L_C   -log P(c | x_r)                                       C                    1        1
+    L_KL  KL(q(z | x_r, c) || N(0, I))                          E                    3        KL
+    L_G   1/2 (|x_r - x_f|^2 + |f_D(x_r) - f_D(x_f)|^2
+               + |f_C(x_r) - f_C(x_f)|^2)                       E and G              1        1
+    L_GD  1/2 |mean f_D(x_r) - mean f_D(x_p)|^2                 G                    1e-3     GD
+    L_GC  1/2 sum_c |mean_c f_C(x_r) - mean_c f_C(x_p)|^2       G                    1e-3     GC
+    L'_GD -log D(x_p)                                           G                    0        ADV
+    L'_GC -log P(c | x_p)                                       G                    0        LABEL
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "pillow>=10.1"]
+# ///
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import common
+
+CLASSES = 10
+PRESETS = {"guo": dict(epochs=200, batch_size=128, lr=1e-4, seed=88, latent_size=100, weights="ours")}
+WEIGHTS = {
+    "paper": dict(kl=3.0, mean=1e-3, class_mean=1e-3, adversarial=0.0, label=0.0),
+    "ours": dict(kl=0.3, mean=1.0, class_mean=1.0, adversarial=10.0, label=3.0),
+}
+DECAY = 0.9  # of the moving averages in L_GC: a batch holds about 13 images of a class, the averages about 130
+
+
+class Encoder(nn.Module):
+    """Images (N, 1, 28, 28) in [-1, 1] and their classes (N, 10) to mean and log variance of q(z | x, c)."""
+
+    def __init__(self, latent_size: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(784 + CLASSES, 512), nn.LeakyReLU(0.2),
+            nn.Linear(512, 256), nn.LeakyReLU(0.2),
+            nn.Linear(256, 2 * latent_size),
+        )  # fmt: skip
+
+    def forward(self, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.layers(torch.cat([images.flatten(1), classes], dim=1)).float().chunk(2, dim=1)
+        return mu, logvar  # each (N, latent_size)
+
+
+class Generator(nn.Module):
+    """Latents (N, latent_size) and classes (N, 10), one-hot or any mixture, to images (N, 1, 28, 28) in [-1, 1].
+
+    It has no batch norm: x_f and x_p pass through it in one batch and must not see each other.
+    """
+
+    def __init__(self, latent_size: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(latent_size + CLASSES, 256), nn.ReLU(),
+            nn.Linear(256, 32 * 7 * 7), nn.ReLU(), nn.Unflatten(1, (32, 7, 7)),
+            nn.ConvTranspose2d(32, 16, 4, 2, padding=1), nn.ReLU(),  # (N, 16, 14, 14)
+            nn.ConvTranspose2d(16, 1, 4, 2, padding=1), nn.Tanh(),  # (N, 1, 28, 28)
+        )  # fmt: skip
+
+    def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
+        return self.layers(torch.cat([latents, classes], dim=1)).float()
+
+
+class Discriminator(nn.Module):
+    """Images (N, 1, 28, 28) in [-1, 1] to the features f (N, 128) that its last layer sees, and to logits (N, outputs).
+
+    With one output it tells real from generated, with ten it is the classifier.
+    """
+
+    def __init__(self, channels: int, outputs: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, channels, 4, 2, padding=1), nn.LeakyReLU(0.2),  # (N, channels, 14, 14)
+            nn.Conv2d(channels, 2 * channels, 4, 2, padding=1), nn.LeakyReLU(0.2),  # (N, 2 * channels, 7, 7)
+            nn.Flatten(), nn.Linear(2 * channels * 7 * 7, 128), nn.LeakyReLU(0.2),
+        )  # fmt: skip
+        self.last = nn.Linear(128, outputs)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.layers(images)
+        return features.float(), self.last(features).float()
+
+
+class ClassMeans(nn.Module):
+    """Moving averages of the mean features of every class, of real and of generated images: each (10, 128).
+
+    Both start at zero, so that the two are equally far from their true values at any time.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("real", torch.zeros(CLASSES, 128))
+        self.register_buffer("prior", torch.zeros(CLASSES, 128))
+
+    def forward(self, name: str, features: Tensor, classes: Tensor) -> Tensor:
+        """Take in a batch: features (N, 128), classes (N, 10). The gradient flows through the batch's share alone."""
+        counts = classes.sum(0)[:, None]  # (10, 1)
+        batch_means = classes.T @ features / counts.clamp(min=1)
+        means = getattr(self, name)
+        updated = torch.where(counts > 0, DECAY * means + (1 - DECAY) * batch_means, means)
+        means.copy_(updated.detach())
+        return updated
+
+
+def build(args: Namespace) -> dict[str, nn.Module]:
+    """The four networks, channels last in memory, in which convolutions are fastest, and the averages of L_GC."""
+    networks = dict(
+        encoder=Encoder(args.latent_size),
+        generator=Generator(args.latent_size),
+        discriminator=Discriminator(16, outputs=1),
+        classifier=Discriminator(8, outputs=CLASSES),
+        class_means=ClassMeans(),
+    )
+    return {name: network.to(memory_format=torch.channels_last) for name, network in networks.items()}
+
+
+def discriminator_loss(real_logits: Tensor, reconstructed_logits: Tensor, prior_logits: Tensor) -> Tensor:
+    """L_D, mean over the batch, in nats: 3 log 2 = 2.079 when it can't tell (Bao et al., section 3.1)."""
+    return (F.softplus(-real_logits) + F.softplus(reconstructed_logits) + F.softplus(prior_logits)).mean()
+
+
+def classifier_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """L_C, mean over the batch, in nats: logits (N, 10), labels (N,) (Bao et al., section 3.2)."""
+    return F.cross_entropy(logits, labels)
+
+
+def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
+    """L_KL, mean over the batch, in nats (Bao et al., section 3.3; Kingma and Welling 2013, appendix B)."""
+    return (mu.square() + logvar.exp() - logvar - 1).sum(1).mean() / 2
+
+
+def pairwise_loss(real: Tensor, reconstructed: Tensor) -> Tensor:
+    """One term of L_G: half the squared distance of each pair (N, ...), mean over the batch (Bao et al., section 3.3)."""
+    return (real - reconstructed).square().flatten(1).sum(1).mean() / 2
+
+
+def mean_loss(real_means: Tensor, prior_means: Tensor) -> Tensor:
+    """L_GD of mean features (F,), L_GC of the means of all classes (10, F) (Bao et al., sections 3.1 and 3.2)."""
+    return (real_means - prior_means).square().sum() / 2
+
+
+def adversarial_loss(logits: Tensor) -> Tensor:
+    """L'_GD = -log D(x_p), mean over the batch, in nats: the loss that the paper's L_GD replaces."""
+    return F.softplus(-logits).mean()
+
+
+def reparameterize(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """Latents of q(z | x, c). The paper prints exp(logvar) for the deviation; its KL takes exp(logvar / 2), as here."""
+    return mu + (logvar / 2).exp() * noise
+
+
+def make_optimizers(args: Namespace, networks: dict[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
+    """Adam for each network. Encoder and generator share one, as it treats every weight by itself."""
+    drawing = [*networks["encoder"].parameters(), *networks["generator"].parameters()]
+    return dict(
+        encoder_and_generator=common.adam(drawing, args.lr, beta1=0.5),
+        discriminator=common.adam(networks["discriminator"].parameters(), args.lr, beta1=0.5),
+        classifier=common.adam(networks["classifier"].parameters(), args.lr, beta1=0.5),
+    )
+
+
+def make_step(args: Namespace, compute: common.Compute, networks: dict, optimizers: dict):
+    """A function from a batch, uint8 (N, 1, 28, 28) and labels (N,), to the losses of one step of all four networks."""
+    encoder, generator, discriminator, classifier, class_means = networks.values()
+    weights = WEIGHTS[args.weights]
+
+    def step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        real = common.to_symmetric(images)  # x_r
+        classes = F.one_hot(labels, CLASSES).float()  # (N, 10)
+        noise, prior_latents = common.randn(len(images), 2, args.latent_size, device=compute.device).unbind(1)
+        with compute.autocast():
+            mu, logvar = encoder(real, classes)
+            latents = torch.cat([reparameterize(mu, logvar, noise), prior_latents])  # (2N, latent_size)
+            # The prior's classes are the batch's own: they are random too, and L_GC then finds each as often on both sides.
+            drawn = generator(latents, classes.repeat(2, 1))  # (2N, 1, 28, 28): x_f and x_p
+            real_features, real_logits = discriminator(real)
+            drawn_features, drawn_logits = discriminator(drawn)
+            real_class_features, real_class_logits = classifier(real)
+            drawn_class_features, drawn_class_logits = classifier(drawn)
+        reconstructed, _ = drawn.chunk(2)
+        reconstructed_features, prior_features = drawn_features.chunk(2)
+        reconstructed_logits, prior_logits = drawn_logits.chunk(2)
+        reconstructed_class_features, prior_class_features = drawn_class_features.chunk(2)
+        _, prior_class_logits = drawn_class_logits.chunk(2)
+
+        loss_d = discriminator_loss(real_logits, reconstructed_logits, prior_logits)
+        loss_c = classifier_loss(real_class_logits, labels)
+        loss_kl = kl_divergence(mu, logvar)
+        # Features of real images are targets, which no gradient of E and G reaches: detaching them saves the way back.
+        real_features, real_class_features = real_features.detach(), real_class_features.detach()
+        loss_g = (
+            pairwise_loss(real, reconstructed)
+            + pairwise_loss(real_features, reconstructed_features)
+            + pairwise_loss(real_class_features, reconstructed_class_features)
+        )
+        loss_gd = mean_loss(real_features.mean(0), prior_features.mean(0))
+        loss_gc = mean_loss(
+            class_means("real", real_class_features, classes), class_means("prior", prior_class_features, classes)
+        )
+        loss_adversarial = adversarial_loss(prior_logits)
+        loss_label = classifier_loss(prior_class_logits, labels)
+
+        # E gets its gradient from L_KL and L_G alone, for x_p does not depend on it, and G gets none from L_KL: so one
+        # pass back through the sum gives both what the table at the top says.
+        loss_of_both = (
+            weights["kl"] * loss_kl
+            + loss_g
+            + weights["mean"] * loss_gd
+            + weights["class_mean"] * loss_gc
+            + weights["adversarial"] * loss_adversarial
+            + weights["label"] * loss_label
+        )
+        objectives = dict(discriminator=loss_d, classifier=loss_c, encoder_and_generator=loss_of_both)
+        found = {
+            name: common.gradients(loss, optimizers[name], retain=name != "encoder_and_generator")
+            for name, loss in objectives.items()
+        }  # all gradients belong to the weights of before the step
+        for name, gradients in found.items():
+            common.apply(gradients, optimizers[name])
+        return {
+            "L_D [nats]": loss_d,
+            "L_C [nats]": loss_c,
+            "L_KL [nats]": loss_kl,
+            "L_G [squares]": loss_g,
+            "L_GD [squares]": loss_gd,
+            "L_GC [squares]": loss_gc,
+            "L'_GD [nats]": loss_adversarial,
+            "L'_GC [nats]": loss_label,
+        }
+
+    return step
+
+
+def train(args: Namespace) -> None:
+    compute = common.choose_compute(args)
+    data = common.load_data(args.dataset, args.data_dir)
+    common.seed_everything(args.seed)
+    networks = {name: network.to(compute.device) for name, network in build(args).items()}
+    optimizers = make_optimizers(args, networks)
+
+    run = common.Run(args, compute, data, networks, optimizers)
+    step = run.capture(make_step(args, compute, networks, optimizers))
+    for _ in run.epochs():
+        for images, labels in run.batches():
+            run.record(step(images, labels))
+        run.save_samples(draw_classes(networks, args, columns=8))
+    save_pictures(args, networks)
+    run.finish()
+
+
+@torch.no_grad()
+def generate(generator: nn.Module, latents: Tensor, classes: Tensor) -> Tensor:
+    """Latents (N, latent_size) and classes (N, 10) to images (N, 1, 28, 28) in [0, 1]."""
+    return common.symmetric_to_unit(generator.eval()(latents, classes))
+
+
+@torch.no_grad()
+def encode(encoder: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """Images uint8 (N, 1, 28, 28) and their classes (N, 10) to the mean latents (N, latent_size)."""
+    return encoder.eval()(common.to_symmetric(images), classes)[0]
+
+
+def draw_classes(networks: dict[str, nn.Module], args: Namespace, columns: int) -> Tensor:
+    """A row a class and a column a latent, the same for the whole run: (10 * columns, 1, 28, 28) in [0, 1]."""
+    device = next(networks["generator"].parameters()).device
+    latents = torch.randn(columns, args.latent_size, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    classes = torch.eye(CLASSES, device=device).repeat_interleave(columns, dim=0)
+    return generate(networks["generator"], latents.repeat(CLASSES, 1), classes)
+
+
+def draw_morphs(networks: dict[str, nn.Module], images: Tensor, steps: int) -> Tensor:
+    """From the k-th image, uint8, of class k, to the next over `steps` latents and classes: (10, steps, 1, 28, 28) in [0, 1]."""
+    eye = torch.eye(CLASSES, device=images.device)
+    latents = encode(networks["encoder"], images, eye)
+    way = torch.linspace(0, 1, steps, device=images.device)[:, None]  # (steps, 1)
+    latents, classes = (torch.lerp(start[:, None], start.roll(-1, 0)[:, None], way) for start in (latents, eye))
+    return generate(networks["generator"], latents.flatten(0, 1), classes.flatten(0, 1)).view(CLASSES, steps, 1, 28, 28)
+
+
+def draw_styles(networks: dict[str, nn.Module], images: Tensor) -> Tensor:
+    """The latent of the k-th image, uint8, of class k, under every label: (10, 10, 1, 28, 28) in [0, 1]."""
+    eye = torch.eye(CLASSES, device=images.device)
+    latents = encode(networks["encoder"], images, eye).repeat_interleave(CLASSES, dim=0)
+    return generate(networks["generator"], latents, eye.repeat(CLASSES, 1)).view(CLASSES, CLASSES, 1, 28, 28)
+
+
+def save_pictures(args: Namespace, networks: dict[str, nn.Module]) -> None:
+    """classes.png; and from real test images, the first of each class: morph.png, styles.png, morph.gif."""
+    if common.is_quiet():
+        return
+    folder = Path(args.out_dir)
+    common.write_picture(folder / "classes.png", common.grid(draw_classes(networks, args, columns=10), columns=10))
+    try:
+        test_data = common.load_data(args.dataset, args.data_dir, train=False)
+    except common.UserError as error:
+        print(f"{args.script}: no morph.png and styles.png, which start from real test images: {error}")
+        return
+    first = [(test_data.labels == label).nonzero()[0] for label in range(CLASSES)]
+    images = test_data.images[torch.cat(first)].to(next(networks["generator"].parameters()).device)
+    real = common.to_unit(images)[:, None]  # (10, 1, 1, 28, 28)
+    morphs = torch.cat([real, draw_morphs(networks, images, 8), real.roll(-1, 0)], dim=1)
+    common.write_picture(folder / "morph.png", common.grid(morphs.flatten(0, 1), columns=10))
+    styles = torch.cat([real, draw_styles(networks, images)], dim=1)
+    common.write_picture(folder / "styles.png", common.grid(styles.flatten(0, 1), columns=CLASSES + 1))
+    frames = [common.to_picture(common.grid(row, columns=5)) for row in draw_morphs(networks, images, 16).unbind(1)]
+    frames = [frame.resize((3 * frame.width, 3 * frame.height), Image.Resampling.NEAREST) for frame in frames]
+    common.write_gif(folder / "morph.gif", frames)
+
+
+def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
+    """What `--sample` and compare.py draw from: a trained run, rebuilt from its checkpoint alone."""
+    args = Namespace(**checkpoint["options"])
+    networks = common.restore_networks(build(args), checkpoint, device)
+    return common.Sampler(
+        args.latent_size,
+        lambda latents, labels: generate(networks["generator"], latents, F.one_hot(labels, CLASSES).float()),
+        sum(parameter.numel() for network in networks.values() for parameter in network.parameters()),
+        classes=CLASSES,
+    )
+
+
+def sample(args: Namespace) -> None:
+    common.sample(args, load_sampler)
+    stored = Namespace(**vars(args) | {"seed": args.checkpoint["options"]["seed"]})
+    save_pictures(stored, common.restore_networks(build(args), args.checkpoint, torch.device("cpu")))
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = common.make_parser("cvaegan", __doc__, PRESETS)
+    group = parser.add_argument_group("CVAE-GAN")
+    group.add_argument("--weights", choices=list(WEIGHTS), help="weights of the losses: the table's two columns (ours)")
+    group.add_argument("--label", type=common.number(int, 0, CLASSES - 1), metavar="K", help="--sample only class K, 0 to 9")
+    args = common.parse(parser, PRESETS, argv, transient=("label",))
+    if args.label is not None and args.sample is None:
+        parser.error("--label says which class --sample draws: give --sample N too")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    common.run_command(train if args.sample is None else sample, args)
+
+
+if __name__ == "__main__":
+    main()
