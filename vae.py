@@ -6,9 +6,10 @@
     python vae.py --evaluate                                 # the trained run's bounds on log p(x), test images
     python vae.py --sample 64 --to grid.png                  # draw from it
 
-Both learn together to maximise the evidence lower bound, ELBO <= log p(x) (Kingma and Welling 2013, arXiv 1312.6114): the
-image must be found again from a random point of its cloud, and the clouds together must look like one standard Gaussian,
-so that a point drawn from that becomes an image. Losses are -ELBO in nats an image: sums over pixels and latents, means over images.
+Both learn together to maximise the evidence lower bound, ELBO <= log p(x) (Kingma and Welling 2013, arXiv
+1312.6114): an image must be found again from any point of its cloud, and every cloud must keep close to one standard
+Gaussian, so that a point drawn from that becomes an image. Losses are -ELBO in nats an image: sums over pixels and
+latents, means over images.
 """
 
 # /// script
@@ -76,21 +77,14 @@ class ConvolutionalDecoder(nn.Sequential):
         sizes = sizes[::-1]
         layers = [nn.Linear(latent_size, sizes[0] * 7 * 7), nn.Unflatten(1, (sizes[0], 7, 7))]
         for inputs, outputs, stride in zip(sizes, (*sizes[1:], 1), STRIDES[::-1]):
-            layers += [
-                nn.ConvTranspose2d(inputs, outputs, 3, stride, padding=1, output_padding=stride - 1),
-                nn.ReLU(),
-            ]
+            layers += [nn.ConvTranspose2d(inputs, outputs, 3, stride, padding=1, output_padding=stride - 1), nn.ReLU()]
         super().__init__(*layers[:-1])  # the last layer's are logits
 
 
 def build(args: Namespace) -> dict[str, nn.Module]:
     """The two networks; channels last in memory, in which convolutions are fastest."""
-    kinds = (
-        (ConvolutionalEncoder, ConvolutionalDecoder) if args.convolutional else (LinearEncoder, LinearDecoder)
-    )
-    encoder, decoder = (
-        kind(args.latent_size, args.sizes).to(memory_format=torch.channels_last) for kind in kinds
-    )
+    kinds = (ConvolutionalEncoder, ConvolutionalDecoder) if args.convolutional else (LinearEncoder, LinearDecoder)
+    encoder, decoder = (kind(args.latent_size, args.sizes).to(memory_format=torch.channels_last) for kind in kinds)
     return dict(encoder=encoder, decoder=decoder)
 
 
@@ -106,7 +100,7 @@ def reparameterize(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
 
 
 def reconstruction_loss(logits: Tensor, images: Tensor) -> Tensor:
-    """-log p(x | z) with x in [0, 1] and independent Bernoulli pixels: (N, ...) to nats an image (N,), summed over pixels."""
+    """-log p(x | z) of Bernoulli pixels, x in [0, 1]: (N, 1, 28, 28) to nats an image (N,), summed over pixels."""
     return F.binary_cross_entropy_with_logits(logits, images, reduction="none").flatten(1).sum(1)
 
 
@@ -151,10 +145,11 @@ def name_losses(split: str, reconstruction: Tensor, divergence: Tensor) -> dict[
 def train(args: Namespace) -> None:
     compute = common.choose_compute(args)
     data = common.load_data(args.dataset, args.data_dir)
-    test_data = common.load_data(args.dataset, args.data_dir, train=False)
+    test_images, test_labels = common.load_data(args.dataset, args.data_dir, train=False)
+    test_images = test_images.to(compute.device)
     common.seed_everything(args.seed)
     networks = {name: network.to(compute.device) for name, network in build(args).items()}
-    encoder, decoder = networks.values()
+    encoder, decoder = networks["encoder"], networks["decoder"]
     optimizers = make_optimizers(args, networks)
     fixed_latents = torch.randn(64, args.latent_size).to(compute.device)
 
@@ -163,100 +158,99 @@ def train(args: Namespace) -> None:
     for _ in run.epochs():
         for images, labels in run.batches():
             run.record(step(images, labels))
-        run.add(test_losses(encoder, decoder, test_data.images, compute.device))
+        run.add(measure(encoder, decoder, test_images))
         run.save_samples(decode(decoder, fixed_latents))
-    run.save_picture("reconstructions.png", draw_reconstructions(encoder, decoder, test_data.images[:32], compute.device))
-    run.save_picture("latent.png", draw_latent_map(encoder, test_data, compute.device))
+    run.save_picture("reconstructions.png", draw_reconstructions(encoder, decoder, test_images[:32]))
+    run.save_picture("latent.png", draw_latent_map(encoder, test_images, test_labels))
     if args.latent_size == 2:
         run.save_picture("manifold.png", draw_manifold(decoder, compute.device))
     run.finish()
 
 
 @torch.no_grad()
-def test_losses(encoder: nn.Module, decoder: nn.Module, images: Tensor, device: torch.device) -> dict[str, float]:
-    """Figures for the log from all test images, uint8 (N, 1, 28, 28): one latent an image, eval mode, float32."""
+def measure(encoder: nn.Module, decoder: nn.Module, images: Tensor) -> dict[str, float]:
+    """Losses of test images, uint8 (N, 1, 28, 28), for the log: one latent an image, eval mode, float32."""
     encoder.eval(), decoder.eval()
-    parts = torch.zeros(2, dtype=torch.float64)
+    parts = []
     for chunk in images.split(500):
-        chunk = common.to_unit(chunk.to(device))
+        chunk = common.to_unit(chunk)
         mu, logvar = encode(encoder, chunk)
         logits = decoder(reparameterize(mu, logvar, torch.randn_like(mu)))
-        losses = torch.stack([reconstruction_loss(logits, chunk).sum(), kl_divergence(mu, logvar).sum()])
-        parts += losses.cpu()
-    named = name_losses("test", *parts / len(images))
+        parts.append(torch.stack([reconstruction_loss(logits, chunk), kl_divergence(mu, logvar)]))  # (2, n)
+    named = name_losses("test", *torch.cat(parts, dim=1).mean(1))
     return {name: loss.item() for name, loss in named.items()}
 
 
 @torch.no_grad()
 def log_weights(encoder: nn.Module, decoder: nn.Module, images: Tensor, samples: int) -> Tensor:
-    """log p(x, z) - log q(z | x) for latents z of q: images (N, 1, 28, 28) in [0, 1] to nats (N, samples).
+    """log p(x, z) - log q(z | x) for latents z drawn from q: images (N, 1, 28, 28) in [0, 1] to nats (N, samples).
 
-    Their mean is the ELBO of an image, the logarithm of their mean exponential the importance-weighted bound (Burda et al.
-    2015, arXiv 1509.00519, eq. 8), which is never below it and nears log p(x) with more samples.
+    Their mean is an image's ELBO; the logarithm of their mean exponential is its importance-weighted bound (Burda et
+    al. 2015, arXiv 1509.00519, equation 8), never below the ELBO and nearer to log p(x) with more samples.
     """
     mu, logvar = (part.repeat_interleave(samples, dim=0) for part in encode(encoder, images))  # (N * samples, latents)
     noise = torch.randn_like(mu)
     latents = reparameterize(mu, logvar, noise)
-    log_prior_ratio = (noise.square() + logvar - latents.square()).sum(1) / 2  # log p(z) - log q(z | x)
-    likelihood = -reconstruction_loss(decoder(latents), images.repeat_interleave(samples, dim=0))
-    return (likelihood + log_prior_ratio).view(-1, samples)
+    log_prior_to_posterior = (noise.square() + logvar - latents.square()).sum(1) / 2  # log p(z) - log q(z | x)
+    log_likelihood = -reconstruction_loss(decoder(latents), images.repeat_interleave(samples, dim=0))
+    return (log_likelihood + log_prior_to_posterior).view(-1, samples)
 
 
-def bounds(encoder: nn.Module, decoder: nn.Module, images: Tensor, device: torch.device, samples: int) -> dict[str, float]:
-    """Both bounds on log p(x), means over images uint8 (N, 1, 28, 28), in nats: in chunks of about 1,000 decoded images."""
+def bounds(encoder: nn.Module, decoder: nn.Module, images: Tensor, samples: int) -> dict[str, float]:
+    """Two lower bounds on log p(x) in nats, means over images uint8 (N, 1, 28, 28); decodes about 1,000 at a time."""
     encoder.eval(), decoder.eval()
-    progress, done, sums = common.Progress(len(images), "test images"), 0, torch.zeros(2, dtype=torch.float64)
+    progress, found = common.Progress(len(images), "images"), []
     for chunk in images.split(max(1, 1000 // samples)):
-        weights = log_weights(encoder, decoder, common.to_unit(chunk.to(device)), samples).double().cpu()
-        sums += torch.stack([weights.mean(1).sum(), (weights.logsumexp(1) - math.log(samples)).sum()])
-        done += len(chunk)
-        progress.update(done)
-    elbo, importance_weighted = (sums / len(images)).tolist()
-    return {"ELBO [nats]": elbo, f"importance-weighted bound, {samples} samples [nats]": importance_weighted}
+        weights = log_weights(encoder, decoder, common.to_unit(chunk), samples)
+        found.append(torch.stack([weights.mean(1), weights.logsumexp(1) - math.log(samples)]).cpu())  # (2, n)
+        progress.update(sum(part.shape[1] for part in found))
+    progress.close(f"{samples} samples for each of {len(images):,} images")
+    elbo, importance_weighted = torch.cat(found, dim=1).mean(1).tolist()
+    return {"ELBO [nats]": elbo, "importance-weighted bound [nats]": importance_weighted}
 
 
 @torch.no_grad()
 def decode(decoder: nn.Module, latents: Tensor) -> Tensor:
-    """Latents (N, latent_size) to images (N, 1, 28, 28) in [0, 1]: the brightness that the decoder expects of each pixel."""
+    """Latents (N, latent_size) to images (N, 1, 28, 28) in [0, 1]: each pixel's expected brightness."""
     return decoder.eval()(latents).sigmoid()
 
 
 @torch.no_grad()
-def draw_reconstructions(encoder: nn.Module, decoder: nn.Module, images: Tensor, device: torch.device) -> Tensor:
-    """Rows of eight originals, uint8 (N, 1, 28, 28), each above a row of what the decoder makes of their mean latents."""
-    originals = common.to_unit(images.to(device))
+def draw_reconstructions(encoder: nn.Module, decoder: nn.Module, images: Tensor) -> Tensor:
+    """Rows of eight originals, uint8 (N, 1, 28, 28), each above a row of what is decoded from their mean latents."""
+    originals = common.to_unit(images)
     reconstructions = decode(decoder, encode(encoder.eval(), originals)[0])
-    rows = torch.stack([originals.view(-1, 8, 1, 28, 28), reconstructions.view(-1, 8, 1, 28, 28)], dim=1)
-    return common.grid(rows.flatten(0, 2).cpu())
+    rows = [row for pair in zip(originals.split(8), reconstructions.split(8)) for row in pair]
+    return common.grid(torch.cat(rows).cpu())
 
 
 @torch.no_grad()
-def draw_latent_map(encoder: nn.Module, data: common.Data, device: torch.device) -> Image.Image:
-    """Where the encoder puts each image, coloured by class; the first two principal components of more than two latents."""
+def draw_latent_map(encoder: nn.Module, images: Tensor, labels: Tensor) -> Image.Image:
+    """Where the encoder's mean puts each image, uint8 (N, 1, 28, 28), coloured by class; of more than two latents the
+    first two principal components."""
     encoder.eval()
-    points = torch.cat([encode(encoder, common.to_unit(chunk.to(device)))[0].cpu() for chunk in data.images.split(500)])
+    points = torch.cat([encode(encoder, common.to_unit(chunk))[0].cpu() for chunk in images.split(500)])
     names = ["first latent", "second latent"]
     if points.shape[1] > 2:
         points -= points.mean(0)
         _, deviations, directions = torch.linalg.svd(points, full_matrices=False)
         shares = deviations.square() / deviations.square().sum()
+        names = [f"principal component {i + 1}, {shares[i]:.0%} of the variance" for i in range(2)]
         points = points @ directions[:2].T  # (N, 2)
-        names = [f"{name} principal component, {share:.0%} of the variance" for name, share in zip(("first", "second"), shares)]
     (left, bottom), (right, top) = points.amin(0).tolist(), points.amax(0).tolist()
-    margin = 0.03 * (top - bottom)
-    room_for_legend = 0.12 * (right - left)
-    colours = {str(label): colour for label, colour in enumerate(common.COLOURS)}
-    plot = common.Plot((left - margin, right + room_for_legend), (bottom - margin, top + margin), *names, colours)
-    for (x, y), label in zip(points.tolist(), data.labels.tolist()):
-        x, y = plot.point(x, y)
+    width, height = right - left or 1.0, top - bottom or 1.0
+    room = (left - 0.03 * width, right + 0.15 * width), (bottom - 0.03 * height, top + 0.03 * height)
+    plot = common.Plot(*room, *names, {str(label): colour for label, colour in enumerate(common.COLOURS)})
+    for point, label in zip(points.tolist(), labels.tolist()):
+        x, y = plot.point(*point)
         plot.draw.ellipse((x - 4, y - 4, x + 4, y + 4), common.COLOURS[label])
     return plot.finish()
 
 
 def draw_manifold(decoder: nn.Module, device: torch.device, side: int = 20) -> Tensor:
-    """What the decoder draws across a two-dimensional latent space, in steps of equal probability under its Gaussian.
+    """What is decoded across a two-dimensional latent space, in steps of equal probability under its Gaussian.
 
-    The first latent grows to the right and the second upwards, as in the latent map.
+    The first latent grows to the right, the second upwards, as in the latent map.
     """
     steps = torch.special.ndtri(torch.linspace(0.05, 0.95, side))  # the inverse of the Gaussian's distribution function
     second, first = torch.meshgrid(steps.flip(0), steps, indexing="ij")
@@ -273,7 +267,7 @@ def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
         args.latent_size,
         lambda latents, labels=None: decode(decoder, latents),
         sum(parameter.numel() for network in networks.values() for parameter in network.parameters()),
-        evaluate=lambda images: bounds(encoder, decoder, images, device, IMPORTANCE_SAMPLES),
+        evaluate=lambda images: bounds(encoder, decoder, images.to(device), IMPORTANCE_SAMPLES),
     )
 
 
@@ -282,24 +276,27 @@ def sample(args: Namespace) -> None:
 
 
 def evaluate(args: Namespace) -> None:
-    """Print the bounds on log p(x) of the run's test images, always in float32."""
+    """Print two bounds on log p(x) of the test images, both from IMPORTANCE_SAMPLES latents an image, in float32."""
     compute = common.choose_compute(args)
     sampler = load_sampler(args.checkpoint, compute.device)
     images = common.load_data(args.dataset, args.data_dir, train=False).images
     common.seed_everything(args.seed)
     for name, figure in sampler.evaluate(images).items():
         if not common.is_quiet():
-            print(f"{args.script}: test {name} {figure:.2f}")
+            print(f"{args.script}: test {name}: {figure:.2f}")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = common.make_parser("vae", __doc__, PRESETS)
-    group = parser.add_argument_group("VAE")
-    group.add_argument("--beta", type=common.number(float, 0), metavar="WEIGHT", help="weight of the KL in training (1)")
-    group.add_argument(
-        "--evaluate", action="store_true", help="print the test ELBO and importance-weighted bound of the run, in nats"
+    add = parser.add_argument_group("VAE").add_argument
+    add("--beta", type=common.number(float, 0), metavar="WEIGHT", help="weight of the KL in training (1)")
+    add(
+        "--evaluate", action="store_true", help="print the run's test ELBO and importance-weighted bound [nats] and end"
     )
-    return common.parse(parser, PRESETS, argv, transient=("evaluate",))
+    args = common.parse(parser, PRESETS, argv, transient=("evaluate",))
+    if args.evaluate and (args.resume or args.sample is not None):
+        parser.error("--evaluate measures a trained run: leave out --resume and --sample")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,328 @@
+"""vae.py: networks, losses, bounds, the step, training and resuming, evaluation, pictures, several processes."""
+
+import csv
+import os
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from PIL import Image
+from torch.distributions import Bernoulli, Normal, kl_divergence
+
+import common
+import vae
+from tests.conftest import ROOT, assert_same_run
+
+CPU = common.Compute(torch.device("cpu"), "fp32")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks and batches are tiny here: a second thread would only wait for a busy core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(preset="guo", **changes):
+    """Options, networks and optimizers of a preset."""
+    torch.manual_seed(0)
+    args = Namespace(**vae.PRESETS[preset] | changes)
+    networks = vae.build(args)
+    return args, networks, vae.make_optimizers(args, networks)
+
+
+def some_images(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize(
+    ("preset", "encoder", "decoder"),
+    [
+        ("guo", 785 * 256 + 257 * 4, 3 * 256 + 257 * 784),
+        ("banerjee-linear", 785 * 512 + 513 * 128 + 129 * 32, 17 * 128 + 129 * 512 + 513 * 784),
+        (
+            "banerjee-conv",
+            9 * (1 * 32 + 32 * 64 + 64 * 128 + 128 * 256) + 32 + 64 + 128 + 256 + 12545 * 32,
+            17 * 12544 + 9 * (256 * 128 + 128 * 64 + 64 * 32 + 32 * 1) + 128 + 64 + 32 + 1,
+        ),
+    ],
+)
+def test_networks_are_the_reports(preset, encoder, decoder):
+    args, networks, _ = make(preset)
+    count = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    assert count == {"encoder": encoder, "decoder": decoder}
+    mu, logvar = vae.encode(networks["encoder"], torch.rand(5, 1, 28, 28))
+    assert mu.shape == logvar.shape == (5, args.latent_size)
+    assert networks["decoder"](mu).shape == (5, 1, 28, 28)
+
+
+def test_layers_of_the_convolutional_preset():
+    networks = make("banerjee-conv")[1]
+    kinds = {name: [type(layer).__name__ for layer in network] for name, network in networks.items()}
+    assert kinds["encoder"] == [*["Conv2d", "LeakyReLU", "Dropout2d"] * 4, "Flatten", "Linear"]
+    assert kinds["decoder"] == ["Linear", "Unflatten", *["ConvTranspose2d", "ReLU"] * 3, "ConvTranspose2d"]
+    x, sides = torch.rand(1, 1, 28, 28), []
+    for layer in [*networks["encoder"], torch.nn.Identity(), *networks["decoder"]]:
+        x = x[:, :16] if isinstance(layer, torch.nn.Identity) else layer(x)
+        sides += [tuple(x.shape[1:])] if "Conv" in type(layer).__name__ else []
+    up = [(128, 14, 14), (64, 14, 14), (32, 14, 14), (1, 28, 28)]
+    assert sides == [(32, 14, 14), (64, 14, 14), (128, 14, 14), (256, 7, 7), *up]
+
+
+def test_losses_are_those_of_torch_distributions():
+    logits, images = 3 * torch.randn(6, 1, 28, 28), torch.rand(6, 1, 28, 28).round()
+    expected = -Bernoulli(logits=logits).log_prob(images).sum((1, 2, 3))
+    torch.testing.assert_close(vae.reconstruction_loss(logits, images), expected)
+    grey = torch.full_like(images, 0.3)  # of grey pixels: the expected loss of pixels that are white 3 times in 10
+    white, black = torch.ones_like(images), torch.zeros_like(images)
+    mixed = 0.3 * vae.reconstruction_loss(logits, white) + 0.7 * vae.reconstruction_loss(logits, black)
+    torch.testing.assert_close(vae.reconstruction_loss(logits, grey), mixed)
+
+    mu, logvar = torch.randn(6, 16), torch.randn(6, 16)
+    expected = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(vae.kl_divergence(mu, logvar), expected)
+    assert vae.kl_divergence(torch.zeros(1, 2), torch.zeros(1, 2)) == 0
+
+
+def test_log_weights_are_those_of_torch_distributions():
+    encoder, decoder = make()[1].values()
+    images = some_images(3) / 255
+    torch.manual_seed(5)
+    found = vae.log_weights(encoder, decoder, images, samples=4)
+
+    torch.manual_seed(5)
+    mu, logvar = vae.encode(encoder, images)
+    posterior = Normal(mu[:, None], (logvar / 2).exp()[:, None])
+    latents = posterior.mean + posterior.stddev * torch.randn(12, 2).view(3, 4, 2)
+    prior_to_posterior = (Normal(0.0, 1.0).log_prob(latents) - posterior.log_prob(latents)).sum(2)
+    logits = decoder(latents.view(12, 2)).view(3, 4, -1)
+    likelihood = Bernoulli(logits=logits, validate_args=False).log_prob(images.view(3, 1, -1)).sum(2)
+    torch.testing.assert_close(found, likelihood + prior_to_posterior, rtol=1e-5, atol=1e-3)
+
+
+def test_bounds_close_in_on_the_exact_likelihood():
+    """One latent, so that log p(x) can be integrated: ELBO < bound of few samples < of many < log p(x)."""
+    _, networks, _ = make(latent_size=1)
+    encoder, decoder = networks["encoder"], networks["decoder"]
+    with torch.no_grad():  # a decoder that makes much of its latent, so that the bounds are apart
+        for parameter in decoder.parameters():
+            parameter *= 3
+    images = some_images(8)
+    z = torch.linspace(-8, 8, 2001)[:, None]
+    with torch.no_grad():
+        log_joint = Normal(0.0, 1.0).log_prob(z) - torch.stack(
+            [vae.reconstruction_loss(decoder(z), (image / 255).expand(len(z), 1, 28, 28)) for image in images], dim=1
+        )
+    exact = (log_joint.double().logsumexp(0) + torch.tensor(16 / 2000).log()).mean().item()
+    torch.manual_seed(0)
+    few, many = (vae.bounds(encoder, decoder, images, samples) for samples in (5, 1000))
+    elbo, loose, tight = few["ELBO [nats]"], *(found["importance-weighted bound [nats]"] for found in (few, many))
+    assert elbo < loose - 0.5 and loose < tight - 0.5 and tight < exact + 0.1
+    assert abs(tight - exact) < 0.5
+    one = vae.bounds(encoder, decoder, images, 1)
+    assert one["ELBO [nats]"] == pytest.approx(one["importance-weighted bound [nats]"])
+
+
+def test_bound_is_never_below_the_elbo():
+    _, networks, _ = make()
+    weights = vae.log_weights(networks["encoder"], networks["decoder"], some_images(50) / 255, samples=10)
+    assert (weights.logsumexp(1) - torch.tensor(10.0).log() >= weights.mean(1)).all()
+
+
+def test_measured_elbo_is_the_evaluated_one():
+    """The log's loss (analytic KL, one latent) and --evaluate's ELBO (500 latents) estimate the same figure."""
+    _, networks, _ = make()
+    images = some_images(100)
+    loss = vae.measure(networks["encoder"], networks["decoder"], images)["test loss [nats]"]
+    elbo = vae.bounds(networks["encoder"], networks["decoder"], images, 50)["ELBO [nats]"]
+    assert loss == pytest.approx(-elbo, rel=1e-3)
+
+
+def test_gradient_reaches_the_encoder_through_the_latents():
+    _, networks, _ = make()
+    images = some_images(4) / 255
+    mu, logvar = vae.encode(networks["encoder"], images)
+    logits = networks["decoder"](vae.reparameterize(mu, logvar, torch.randn_like(mu)))
+    loss = vae.reconstruction_loss(logits, images).mean()  # no KL: through the latents alone
+    found = torch.autograd.grad(loss, [mu, logvar, *networks["encoder"].parameters()])
+    assert all(gradient.abs().sum() > 0 for gradient in found)
+
+    mu, logvar = torch.tensor([[0.7]], requires_grad=True), torch.tensor([[-0.4]], requires_grad=True)
+    square = vae.reparameterize(mu, logvar, torch.randn(100_000, 1)).square().mean()
+    by_mu, by_logvar = torch.autograd.grad(square, [mu, logvar])  # E z^2 = mu^2 + exp(logvar)
+    assert by_mu.item() == pytest.approx(1.4, abs=0.02) and by_logvar.item() == pytest.approx(0.6703, abs=0.02)
+
+
+@pytest.mark.parametrize(("preset", "beta"), [("guo", 1.0), ("banerjee-linear", 4.0)])
+def test_step_equals_the_textbook_step(preset, beta):
+    args, networks, optimizers = make(preset, beta=beta)
+    encoder, decoder = make(preset)[1].values()  # the same seed: the same weights
+    images = some_images(8)
+    torch.manual_seed(3)
+    losses = vae.make_step(args, CPU, networks, optimizers)(images)
+
+    torch.manual_seed(3)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=args.lr)
+    mu, logvar = encoder(images / 255).chunk(2, dim=1)
+    pictures = torch.sigmoid(decoder(mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)))
+    reconstruction = torch.nn.functional.binary_cross_entropy(pictures, images / 255, reduction="sum") / 8
+    divergence = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp()) / 8
+    optimizer.zero_grad()
+    (reconstruction + beta * divergence).backward()
+    optimizer.step()
+    torch.testing.assert_close(losses["train reconstruction [nats]"], reconstruction.detach())
+    torch.testing.assert_close(losses["train KL [nats]"], divergence.detach())
+    torch.testing.assert_close(losses["train loss [nats]"], (reconstruction + divergence).detach())  # beta or not
+    for ours, theirs in zip(
+        [*networks["encoder"].parameters(), *networks["decoder"].parameters()], optimizer.param_groups[0]["params"]
+    ):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_beta_weighs_the_divergence_in_training_only():
+    after = {}
+    for beta in (0.0, 20.0):
+        args, networks, optimizers = make(beta=beta, lr=1e-3)
+        step, images = vae.make_step(args, CPU, networks, optimizers), some_images(64)
+        torch.manual_seed(1)
+        after[beta] = [step(images) for _ in range(20)]
+        torch.manual_seed(2)
+        measured = vae.measure(networks["encoder"], networks["decoder"], images)
+        parts = measured["test reconstruction [nats]"] + measured["test KL [nats]"]
+        assert measured["test loss [nats]"] == pytest.approx(parts)
+    assert after[0.0][0] == after[20.0][0]  # the first step's losses know nothing of beta
+    assert after[20.0][-1]["train KL [nats]"] < after[0.0][-1]["train KL [nats]"] / 2
+
+
+def test_evaluating_has_no_dropout_and_repeats_itself():
+    _, networks, _ = make("banerjee-conv")
+    encoder, decoder, images = networks["encoder"], networks["decoder"], some_images(8)
+    found = []
+    for training in (True, False):
+        encoder.train(training), decoder.train(training)
+        torch.manual_seed(0)
+        found.append(vae.measure(encoder, decoder, images))
+        encoder.train(training), decoder.train(training)
+        torch.manual_seed(0)
+        found.append(vae.bounds(encoder, decoder, images, 3))
+        decoder.train(training)
+        found.append(vae.decode(decoder, torch.ones(2, 16)))
+        encoder.train(training)
+        found.append(vae.draw_reconstructions(encoder, decoder, images))
+    assert found[0] == found[4] and found[1] == found[5]
+    assert torch.equal(found[2], found[6]) and torch.equal(found[3], found[7])
+    assert 0 <= found[2].min() <= found[2].max() <= 1
+
+
+def train(folder, out_dir, *options):
+    vae.main(["--data-dir", str(folder), "--out-dir", str(out_dir), *map(str, options)])
+
+
+@pytest.mark.parametrize("preset", vae.PRESETS)
+def test_stopped_and_resumed_is_the_unbroken_run(preset, idx_files, tmp_path):
+    data, run = idx_files(), ["--preset", preset, "--batch-size", 20]
+    train(data, tmp_path / "unbroken", *run, "--epochs", 4)
+    train(data, tmp_path / "stopped", *run, "--epochs", 2)
+    train(data, tmp_path / "stopped", "--preset", preset, "--resume", "--epochs", 4)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "stopped")
+    names = {path.name for path in (tmp_path / "stopped").iterdir()}
+    assert {"reconstructions.png", "latent.png", "losses.png", "samples"} <= names
+    assert ("manifold.png" in names) == (preset == "guo")
+    rows = list(csv.DictReader(open(tmp_path / "stopped/log.csv")))
+    assert len(rows) == 4
+    for row in rows:
+        for split in ("train", "test"):
+            parts = [float(row[f"{split} {name} [nats]"]) for name in ("loss", "reconstruction", "KL")]
+            assert parts[0] == pytest.approx(parts[1] + parts[2], rel=1e-5)
+
+
+def test_evaluate(idx_files, tmp_path, capsys):
+    data = idx_files()
+    train(data, tmp_path / "run", "--epochs", 1, "--batch-size", 20)
+    capsys.readouterr()
+    for _ in range(2):
+        train(data, tmp_path / "run", "--evaluate")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("vae: test ")]
+    assert len(lines) == 4 and lines[:2] == lines[2:]  # the same seed, the same figures
+    elbo, bound = (float(line.rpartition(" ")[2]) for line in lines[:2])
+    assert elbo <= bound < 0
+    for other in (["--resume"], ["--sample", 3]):
+        with pytest.raises(SystemExit) as stop:
+            train(data, tmp_path / "run", "--evaluate", *other)
+        assert stop.value.code == 2 and "--evaluate measures a trained run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--evaluate"], "train first"),
+        (["--beta", "-1"], "--beta"),
+        (["--beta", "nan"], "--beta"),
+        (["--dataset", "anime"], "--dataset"),
+    ],
+)
+def test_mistakes_get_one_line(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        vae.main(options)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("vae.py: error: ") and message in error
+
+
+def test_beta_is_kept_in_the_run(idx_files, tmp_path, capsys):
+    data = idx_files()
+    train(data, tmp_path / "run", "--epochs", 1, "--batch-size", 20, "--beta", 3)
+    assert common.load_checkpoint(tmp_path / "run", "vae")["options"]["beta"] == 3.0
+    with pytest.raises(SystemExit):
+        train(data, tmp_path / "run", "--resume", "--epochs", 2, "--beta", 2)
+    assert "--beta" in capsys.readouterr().err
+
+
+def test_manifold_goes_right_with_the_first_latent_and_up_with_the_second():
+    class Brightness(torch.nn.Module):  # the left half of a picture shows the first latent, the right half the second
+        def forward(self, latents):
+            return latents.repeat_interleave(14, dim=1)[:, None, None].expand(-1, 1, 28, 28)
+
+    picture = vae.draw_manifold(Brightness(), torch.device("cpu"), side=20)
+    assert picture.shape == (1, 20 * 30 + 2, 20 * 30 + 2)
+    first, second = picture[0, 16::30, 9::30], picture[0, 16::30, 23::30]  # (20, 20) each
+    assert (first.diff(dim=1) > 0).all() and (first.diff(dim=0) == 0).all()
+    assert (second.diff(dim=0) < 0).all() and (second.diff(dim=1) == 0).all()
+    torch.testing.assert_close(first[0, -1], Normal(0.0, 1.0).icdf(torch.tensor(0.95)).sigmoid())
+
+
+@pytest.mark.parametrize("latent_size", [2, 16])
+def test_latent_map_shows_every_class(latent_size):
+    _, networks, _ = make(latent_size=latent_size)
+    labels = torch.arange(200) % 10
+    picture = vae.draw_latent_map(networks["encoder"], some_images(200), labels)
+    assert isinstance(picture, Image.Image)
+    colours = {colour for _, colour in picture.getcolors(1 << 24)}
+    assert {tuple(bytes.fromhex(colour[1:])) for colour in common.COLOURS} <= colours
+
+
+def test_latent_map_of_a_collapsed_encoder():
+    _, networks, _ = make()
+    for parameter in networks["encoder"].parameters():
+        torch.nn.init.zeros_(parameter)
+    vae.draw_latent_map(networks["encoder"], some_images(10), torch.arange(10))
+
+
+def test_two_processes_train_as_one(idx_files, tmp_path):
+    data = idx_files(64)
+    options = ["--data-dir", str(data), "--epochs", "2", "--batch-size", "16", "--device", "cpu", "--precision", "fp32"]
+    train(data, tmp_path / "one", *options[2:])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(ROOT / "vae.py"), *options, "--out-dir", str(tmp_path / "two")]
+    finished = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    one, two = (common.load_checkpoint(tmp_path / name)["history"] for name in ("one", "two"))
+    for name in one[0]:
+        if name.endswith("[nats]"):
+            assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-5)
