@@ -267,7 +267,7 @@ def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
         args.latent_size,
         lambda latents, labels=None: decode(decoder, latents),
         sum(parameter.numel() for network in networks.values() for parameter in network.parameters()),
-        evaluate=lambda images: bounds(encoder, decoder, images.to(device), IMPORTANCE_SAMPLES),
+        evaluate=lambda images, samples=IMPORTANCE_SAMPLES: bounds(encoder, decoder, images.to(device), samples),
     )
 
 
