@@ -43,6 +43,8 @@ CHECKPOINT_FORMAT = 1
 class UserError(Exception):
     """A mistake that the user can mend: shown as one line, exit status 2."""
 
+    status = 2
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
@@ -242,7 +244,7 @@ def run_command(function: Callable[[argparse.Namespace], None], args: argparse.N
                 dist.init_process_group("nccl" if cuda else "gloo")
             function(args)
         except UserError as error:
-            fail(2, f"error: {error}")
+            fail(error.status, f"error: {error}")
         except KeyboardInterrupt as interrupt:
             fail(130, str(interrupt) or "interrupted")
         except OSError as error:

@@ -1,0 +1,1104 @@
+"""From an anime image site, a list of addresses or a folder of pictures to a folder of faces.
+
+    python crawl_anime.py --limit 2000                        # faces from safebooru.org into data/anime
+    python crawl_anime.py --site danbooru --tags "solo smile" # another site, another search, the same folder
+    python crawl_anime.py --from-dir pictures                 # crop pictures that are on this disk already
+    python crawl_anime.py --forget safebooru-123              # remove a post's crops, never fetch it again
+    python dcgan.py --dataset anime                           # train on the result
+
+A site's public API lists posts, newest first; each picture is fetched once, its faces are found by nagadomi's cascade of
+local binary patterns, cut out as 256x256 squares and noted in metadata.csv, which is the credit list, the log and the place
+to go on from. A crawl stopped at any moment goes on where it was. The pictures belong to the artists who drew them: keep
+the crops to yourself, and take out what an artist asks you to.
+
+The detector is OpenCV 4's detectMultiScale(equalizeHist(grey), 1.1, 5) in torch: on 79 illustrations of at most 1000 pixels
+it finds the same 48 faces, in 0.2 s of one core each. About 0.9 faces an illustration are found, so 2,000 faces take some
+2,200 pictures, at one a second.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "pillow>=10.1"]
+# ///
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import csv
+import functools
+import hashlib
+import http.client
+import io
+import ipaddress
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import ssl
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import SplitResult, quote, unquote, urlencode, urljoin, urlsplit
+from xml.etree import ElementTree
+
+import torch
+from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
+
+import common
+
+AGENT = "crawl_anime"  # the name that a robots.txt can address
+USER_AGENT = f"{AGENT}/1.0 (face crops for a small generative model; at most one request a second)"
+TRIES, REDIRECTS = 5, 5
+TIMEOUT, DEADLINE = 20, 120  # seconds: for one operation on a socket, and for a whole answer
+PATIENCE = 600  # seconds that a Retry-After may ask for before the crawl ends instead
+SLOWEST = 2048  # bytes a second, after ten seconds
+MAX_BYTES = 20 * 2**20
+MAX_PIXELS = 40_000_000
+POSTS_PER_FACE = 10  # a crawl ends after this many new posts for each face asked for
+FAILURES = 10  # in a row, after which the source counts as broken
+
+FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "GIF": (".gif",)}
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+RATINGS = ("general", "sensitive", "questionable", "explicit")
+FACELESS_TAGS = set("photo_(medium) 3d monochrome greyscale sketch lineart comic no_humans animated".split())
+
+CASCADE_FILE = "data/lbpcascade_animeface.xml"
+CASCADE_COMMIT = "4433ab1ae1166ea75acfe99eb0f18709dac329a0"
+CASCADE_URL = (
+    f"https://raw.githubusercontent.com/nagadomi/lbpcascade_animeface/{CASCADE_COMMIT}/lbpcascade_animeface.xml"
+)
+CASCADE_SHA256 = "9376d30ac38db6bda2a68b88b3b76bbd7e6aa33af47f7f5c76bc88ca75f1ce30"
+
+CROP_SIZE = 256  # pixels
+DETECTION_SIZE = 1000  # larger pictures are shrunk to this, in pixels, before the detector looks
+SMALLEST_FACE = 48  # pixels of the shrunk picture: what the detector was measured with
+GREYEST, BLURRIEST, NEAREST = (
+    8,
+    100,
+    4,
+)  # below the 0.2 % most extreme of 3,000 faces of the usual data set; see the uses
+
+
+class SourceError(common.UserError):
+    """The source refused or failed: ends the crawl with exit status 3."""
+
+    status = 3
+
+
+class Unfetched(Exception):
+    """A file that did not come, and why. `again`: another try may help; `status`: the HTTP status, if that was it."""
+
+    def __init__(self, reason: str, again: bool = False, status: int = 0):
+        super().__init__(reason)
+        self.reason, self.again, self.status = reason, again, status
+
+
+class Unusable(Exception):
+    """A picture of which nothing can be cropped, and why."""
+
+
+# ------------------------------------------------------------------------------------------------------------- the sites
+
+
+class Post(NamedTuple):
+    """One picture of a source, whatever the source calls its fields. Texts are printable; anything but `id` may be empty."""
+
+    site: str
+    id: str
+    page: str
+    files: list[tuple[str, str]]  # address and MD5 (or ""), the smallest that still gives good faces first
+    artist: str = ""
+    source: str = ""  # where the site has it from: often the artist's own page
+    rating: str = ""
+    tags: frozenset[str] = frozenset()
+
+
+class Site(NamedTuple):
+    home: str
+    domain: str  # files may lie on this host and on those below it
+    query: Callable[[str, int | None], str]  # tags, and the id below which to go on -> path and query
+    read: Callable[[dict, str], dict]  # one post's JSON, and the home -> the fields of Post that the families differ in
+    tags: str = "1girl solo"
+    general_tag: str = ""  # asks for the general rating alone
+
+
+def printable(value: object, length: int = 300) -> str:
+    """Remote text made harmless for files of lines and for terminals: one line without control characters."""
+    text = str(value) if isinstance(value, str | int) else ""
+    return "".join(c if c.isprintable() else " " for c in text[:length])
+
+
+def danbooru_query(tags: str, below: int | None) -> str:
+    return "/posts.json?" + urlencode({"tags": tags, "limit": 200} | ({"page": f"b{below}"} if below else {}))
+
+
+def danbooru_post(raw: dict, home: str) -> dict:
+    sample = raw.get("large_file_url") if raw.get("has_large") else None
+    return dict(
+        page=f"{home}/posts/{raw['id']}",
+        files=[(sample, ""), (raw.get("file_url"), raw.get("md5"))],
+        artist=raw.get("tag_string_artist"),
+        rating=dict(zip("gsqe", RATINGS)).get(raw.get("rating")),
+        tags=raw.get("tag_string"),
+    )
+
+
+def moebooru_query(tags: str, below: int | None) -> str:
+    return "/post.json?" + urlencode({"tags": go_on(tags, below), "limit": 100, "page": 1})
+
+
+def moebooru_post(raw: dict, home: str) -> dict:
+    return dict(
+        page=f"{home}/post/show/{raw['id']}",
+        files=[(raw.get("sample_url"), ""), (raw.get("jpeg_url"), ""), (raw.get("file_url"), raw.get("md5"))],
+        rating={"s": "general", "q": "questionable", "e": "explicit"}.get(raw.get("rating")),
+        tags=raw.get("tags"),
+    )
+
+
+def gelbooru_query(tags: str, below: int | None) -> str:
+    fixed = {"page": "dapi", "s": "post", "q": "index", "json": 1, "limit": 100, "pid": 0}
+    return "/index.php?" + urlencode(fixed | {"tags": go_on(tags, below)})
+
+
+def gelbooru_post(raw: dict, home: str) -> dict:
+    sample, original = raw.get("sample_url"), raw.get("file_url")
+    if not original and raw.get("directory") and raw.get("image"):  # older answers leave the addresses to the reader
+        folder, image = quote(str(raw["directory"])), quote(str(raw["image"]))
+        original = f"/images/{folder}/{image}"
+        sample = f"/samples/{folder}/sample_{image.rpartition('.')[0]}.jpg"
+    return dict(
+        page=f"{home}/index.php?page=post&s=view&id={raw['id']}",
+        files=[(sample if raw.get("sample") else None, ""), (original, raw.get("hash") or raw.get("md5"))],
+        rating={"safe": "general"}.get(raw.get("rating"), raw.get("rating")),
+        tags=raw.get("tags"),
+    )
+
+
+def go_on(tags: str, below: int | None) -> str:
+    """Paging by id instead of by number is never too deep, and posts that arrive meanwhile shift nothing."""
+    return f"{tags} id:<{below}".strip() if below else tags
+
+
+SITES = {
+    "safebooru": Site("https://safebooru.org", "safebooru.org", gelbooru_query, gelbooru_post),
+    "danbooru": Site("https://danbooru.donmai.us", "donmai.us", danbooru_query, danbooru_post, general_tag="rating:g"),
+    "yandere": Site("https://yande.re", "yande.re", moebooru_query, moebooru_post, "", "rating:s"),
+    "konachan": Site("https://konachan.net", "konachan.net", moebooru_query, moebooru_post, "", "rating:s"),
+}
+
+
+def read_post(site: Site, name: str, home: str, raw: object) -> Post | None:
+    """A post from its JSON, in which any field may be missing or of another type; None without an id."""
+    if not isinstance(raw, dict) or not re.fullmatch(r"[1-9]\d{0,15}", str(raw.get("id")), re.ASCII):
+        return None
+    fields = site.read({key: value for key, value in raw.items() if isinstance(value, str | int)}, home)
+    files = {}
+    for address, md5 in fields["files"]:
+        with contextlib.suppress(ValueError):  # an address that is none
+            if address and urlsplit(address := urljoin(home + "/", str(address))).path.lower().endswith(SUFFIXES):
+                files.setdefault(address, str(md5 or ""))
+    return Post(
+        site=name,
+        id=str(int(raw["id"])),
+        page=fields["page"],
+        files=list(files.items()),
+        artist=printable(fields.get("artist")),
+        source=printable(raw.get("source")),
+        rating=fields["rating"] if fields["rating"] in RATINGS else "questionable",
+        tags=frozenset(str(fields["tags"]).split()),
+    )
+
+
+def site_posts(fetcher: Fetcher, site: Site, name: str, home: str, tags: str) -> Iterator[Post]:
+    """All posts of a query, newest first, as far as the source goes."""
+    below = None
+    while True:
+        try:
+            body = fetcher.fetch(home + site.query(tags, below), "api")
+            page = json.loads(body) if body.strip() else []
+        except Unfetched as error:
+            raise SourceError(f"{home} refuses or fails: {error.reason}") from error
+        except (ValueError, RecursionError) as error:
+            raise SourceError(
+                f"{home} answers something else than JSON: it may be down, or no site of this kind"
+            ) from error
+        if not isinstance(page, list):
+            message = page.get("message") or "an object instead of a list" if isinstance(page, dict) else page
+            raise SourceError(f"{home} answers: {printable(message)}")
+        if not page:
+            return
+        posts = [post for raw in page if (post := read_post(site, name, home, raw))]
+        lowest = min((int(post.id) for post in posts), default=below)
+        if lowest is None or below is not None and lowest >= below:
+            raise SourceError(f"{home} gives the same posts again: it does not page by id")
+        yield from posts
+        below = lowest
+
+
+def listed_posts(path: str) -> Iterator[Post]:
+    """A file's addresses, one a line; empty lines and those that start with # are skipped."""
+    for line in Path(path).read_text("utf-8", "replace").splitlines():
+        if (line := line.strip()) and not line.startswith("#"):
+            yield Post("url", digest(line.encode()), printable(line, 2000), [(line, "")])
+
+
+def disk_posts(folder: Path, target: Path) -> Iterator[Post]:
+    """The pictures in a folder and those below it, but for the crops themselves."""
+    for path in sorted(folder.resolve().rglob("*")):
+        if path.suffix.lower() in SUFFIXES and target.resolve() not in path.parents and path.is_file():
+            yield Post("file", digest(os.fsencode(path)), path.as_uri(), [(str(path), "")])
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------- fetching, politely
+
+
+class Fetcher:
+    """Gets files under the rules of manners and safety, one request at a time.
+
+    `domains` are the source's own hosts; `base_url` names one more origin, which the user vouches for. `delay` is the time
+    between the starts of two requests to a host, in seconds.
+    """
+
+    def __init__(self, domains: set[str], base_url: str | None, delay: float):
+        self.domains, self.delay, self.bytes = domains, delay, 0
+        self.trusted = origin(urlsplit(base_url)) if base_url else None
+        self.pace: dict[str, float] = {}
+        self.next_start: dict[str, float] = {}
+        self.robots: dict[tuple, list[tuple[bool, str]]] = {}
+
+    def fetch(self, address: str, kind: str = "picture") -> bytes:
+        """The body at an address. Raises Unfetched, and SourceError for what ends the crawl.
+
+        kind: "picture" (and whatever else a page links to) minds robots.txt. "api" does not, since it is documented for
+        programs and its terms are its rules, nor do "robots" itself and "file", one named file that the user wants.
+        """
+        for attempt in range(TRIES):
+            try:
+                return self.follow(address, kind)
+            except Unfetched as error:
+                if not error.again or attempt == TRIES - 1:
+                    raise
+                host = urlsplit(address).hostname
+                self.hold(host, self.delay * 2**attempt * random.uniform(1, 2))
+
+    def follow(self, address: str, kind: str) -> bytes:
+        for _ in range(1 + REDIRECTS):
+            parts = self.check(address)
+            if kind == "picture" and not allowed(self.robots_rules(parts), parts):
+                raise Unfetched("robots.txt")
+            answer = self.get(parts, kind)
+            if isinstance(answer, bytes):
+                return answer
+            with contextlib.suppress(ValueError):  # then it is the same address again
+                address = urljoin(address, answer)
+        raise Unfetched("too many redirects")
+
+    def check(self, address: str) -> SplitResult:
+        """The rule for every address, at every redirect: https at its usual port on one of the source's own hosts; or exactly
+        the scheme, host and port of --base-url, which alone may be plain http or (see `connect`) on a private network."""
+        try:
+            parts = urlsplit(address)
+            scheme, host, port = origin(parts)
+        except ValueError as error:
+            raise Unfetched("not an address") from error
+        if (scheme, host, port) != self.trusted:
+            if scheme != "https" or port != 443 or "@" in parts.netloc:
+                raise Unfetched("not an https address")
+            if not any(host == domain or host.endswith("." + domain) for domain in self.domains):
+                raise Unfetched("on a foreign host")
+        return parts
+
+    def connect(self, parts: SplitResult) -> http.client.HTTPConnection:
+        """A connection to the very address that was checked, so that a name can't lead elsewhere in between."""
+        scheme, host, port = origin(parts)
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except UnicodeError as error:
+            raise Unfetched("not an address") from error
+        if (scheme, host, port) != self.trusted and not all(is_public(entry[4][0]) for entry in found):
+            raise Unfetched("on a private network")
+        for entry in found:
+            try:
+                connected = socket.create_connection(entry[4][:2], TIMEOUT)
+                break
+            except OSError as error:
+                failure = error
+        else:
+            raise failure
+        if scheme == "http":
+            connection = http.client.HTTPConnection(host, port)
+        else:
+            connection = http.client.HTTPSConnection(host, port)
+            connected = ssl.create_default_context().wrap_socket(connected, server_hostname=host)
+        connection.sock = connected
+        return connection
+
+    def get(self, parts: SplitResult, kind: str) -> bytes | str:
+        """One request: the body, or where a redirect leads."""
+        self.wait_for_turn(parts.hostname)
+        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (
+            "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?[]") if parts.query else ""
+        )
+        alarm = connection = None
+        try:
+            connection = self.connect(parts)
+            # Not SSLSocket.shutdown, which forgets its TLS state under the reader's feet.
+            alarm = threading.Timer(DEADLINE, socket.socket.shutdown, (connection.sock, socket.SHUT_RDWR))
+            alarm.start()
+            headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
+            connection.request("GET", target, headers=headers)
+            response = connection.getresponse()
+            redirect = self.judge(response, parts, kind)
+            return self.read(response) if redirect is None else redirect
+        except (OSError, http.client.HTTPException) as error:
+            raise Unfetched(f"no answer ({type(error).__name__})", again=True) from error
+        finally:
+            if alarm:
+                alarm.cancel()
+            if connection:
+                connection.close()
+
+    def judge(self, response: http.client.HTTPResponse, parts: SplitResult, kind: str) -> str | None:
+        """Where a redirect leads, or None if the body is worth reading."""
+        status, headers, host = response.status, response.headers, parts.hostname
+        if status in (301, 302, 303, 307, 308):
+            return headers.get("Location", "")
+        if status in (403, 503) and "challenge" in headers.get("cf-mitigated", ""):
+            raise SourceError(f"{host} asks to prove that a person is there, which a program must not work around")
+        if status in (421, 429, 503):
+            self.pace[host] = min(60, 2 * self.pace.get(host, self.delay))
+            self.hold(host, retry_after(headers.get("Retry-After", "")))
+        if status in (408, 421, 425, 429) or status >= 500:
+            raise Unfetched(f"HTTP {status}", again=True, status=status)
+        if status != 200:
+            detail = f": {printable(message(response.read(2000)))}" if kind == "api" else ""
+            raise Unfetched(f"HTTP {status}{detail}", status=status)
+        self.pace[host] = max(self.delay, 0.95 * self.pace.get(host, self.delay))
+        if headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise Unfetched("compressed, though not asked for")
+        if kind == "picture":
+            if (
+                re.search(r"\b(noai|noimageai|noml)\b", " ".join(headers.get_all("X-Robots-Tag", [])), re.IGNORECASE)
+                or headers.get("TDM-Reservation") == "1"
+            ):
+                raise Unfetched("not for training (X-Robots-Tag)")
+            if (
+                not headers.get("Content-Type", "image/")
+                .lower()
+                .startswith(("image/", "application/octet-stream", "binary/"))
+            ):
+                raise Unfetched("not a picture")
+        return None
+
+    def read(self, response: http.client.HTTPResponse) -> bytes:
+        expected, body, started = response.length, bytearray(), time.monotonic()
+        if (expected or 0) > MAX_BYTES:
+            raise Unfetched("more than 20 MiB")
+        while chunk := response.read1(65536):
+            body += chunk
+            self.bytes += len(chunk)
+            if len(body) > MAX_BYTES:
+                raise Unfetched("more than 20 MiB")
+            seconds = time.monotonic() - started
+            if seconds > 10 and len(body) / seconds < SLOWEST:
+                raise Unfetched("too slow", again=True)
+        if expected is not None and len(body) < expected or time.monotonic() - started > DEADLINE:
+            raise Unfetched("broke off", again=True)
+        return bytes(body)
+
+    def wait_for_turn(self, host: str) -> None:
+        time.sleep(max(0.0, self.next_start.get(host, 0) - time.monotonic()))
+        self.next_start[host] = time.monotonic() + self.pace.get(host, self.delay)
+
+    def hold(self, host: str, seconds: float) -> None:
+        """No request to a host for a while."""
+        if seconds > PATIENCE:
+            raise SourceError(f"{host} asks to come back in {common.clock(seconds)}: do, the same command goes on")
+        self.next_start[host] = max(self.next_start.get(host, 0), time.monotonic() + seconds)
+
+    def robots_rules(self, parts: SplitResult) -> list[tuple[bool, str]]:
+        """The rules of an origin's robots.txt for this program; none if there is no such file, all closed if it can't be had."""
+        key = origin(parts)
+        if key not in self.robots:
+            try:
+                body = self.fetch(f"{parts.scheme}://{parts.netloc}/robots.txt", "robots")
+                self.robots[key] = read_robots(body[: 500 * 1024].decode("utf-8-sig", "replace"))
+            except Unfetched as error:  # RFC 9309, 2.3.1.3 and 2.3.1.4
+                self.robots[key] = [] if 400 <= error.status < 500 and not error.again else [(False, "/")]
+        return self.robots[key]
+
+
+def origin(parts: SplitResult) -> tuple[str, str, int]:
+    """Scheme, host and port. Raises ValueError."""
+    return (
+        parts.scheme,
+        (parts.hostname or "").rstrip("."),
+        parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0),
+    )
+
+
+def is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return ip.is_global and not ip.is_multicast
+
+
+def message(body: bytes) -> str:
+    """What an API's error says."""
+    try:
+        return json.loads(body)["message"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "no reason given"
+
+
+def retry_after(text: str) -> float:
+    """Seconds that a Retry-After of either form asks for; 0 without one."""
+    try:
+        if text.strip().isdecimal():
+            return float(text)
+        return parsedate_to_datetime(text).timestamp() - time.time()
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+
+
+def read_robots(text: str) -> list[tuple[bool, str]]:
+    """The (allow, pattern) rules of all groups that name this program, else of those for everybody (RFC 9309, 2.2)."""
+    groups: dict[str, list] = {}
+    agents, in_rules = [], False
+    for line in text.splitlines():
+        key, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
+        if key.lower() == "user-agent":
+            agents = ([] if in_rules else agents) + [value.partition("/")[0].lower()]
+            in_rules = False
+            groups.setdefault(agents[-1], [])
+        elif key.lower() in ("allow", "disallow"):
+            in_rules = True
+            for agent in agents if value else []:
+                groups[agent].append((key.lower() == "allow", value))
+    return groups.get(AGENT, groups.get("*", []))
+
+
+def allowed(rules: list[tuple[bool, str]], parts: SplitResult) -> bool:
+    """Whether the longest rule that matches allows a path; of two equally long ones the friendlier holds."""
+    path = unquote(parts.path or "/") + ("?" + unquote(parts.query) if parts.query else "")
+    matching = [(len(pattern), allow) for allow, pattern in rules if matches(unquote(pattern), path)]
+    return max(matching, default=(0, True))[1]
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a path begins with a pattern, in which * stands for anything and a $ at its end for the path's end.
+
+    Not a regular expression, since one with many stars can take forever.
+    """
+    first, *parts = pattern.removesuffix("$").split("*")
+    place = len(first)
+    if not path.startswith(first):
+        return False
+    for part in parts:
+        last, place = place, path.find(part, place) + len(part)
+        if place < last + len(part):
+            return False
+    if not pattern.endswith("$"):
+        return True
+    return place == len(path) or bool(parts) and path.endswith(parts[-1])
+
+
+# --------------------------------------------------------------------------------------------------- detection, in torch
+
+
+class Stage(NamedTuple):
+    """Stumps that each look up a local binary pattern of 3x3 cells; `corners` of those are in pixels of the window."""
+
+    rows: torch.Tensor  # int32 (4, stumps)
+    columns: torch.Tensor  # int32 (4, stumps)
+    votes: torch.Tensor  # float64 (stumps, 256): what each pattern is worth
+    threshold: float
+
+
+class Cascade(NamedTuple):
+    window: int  # side, in pixels
+    stages: list[Stage]
+
+
+@functools.lru_cache(maxsize=1)
+def read_cascade(path: str) -> Cascade:
+    """An OpenCV cascade of LBP stumps from its XML file. Raises UserError."""
+    try:
+        root = ElementTree.parse(path).getroot().find("cascade")
+        rectangles = torch.tensor([[int(n) for n in r.text.split()] for r in root.iterfind("features/_/rect")])
+        stages = []
+        for stage in root.iterfind("stages/_"):
+            nodes = torch.tensor([[int(n) for n in node.text.split()] for node in stage.iter("internalNodes")])
+            leaves = torch.tensor([[float(n) for n in leaf.text.split()] for leaf in stage.iter("leafValues")])
+            left, top, width, height = rectangles[nodes[:, 2]].T.int()  # of the first of the 3x3 cells
+            steps = torch.arange(4, dtype=torch.int32)[:, None]
+            inside = (nodes[:, 3:, None] >> torch.arange(32) & 1).flatten(1).bool()  # (stumps, 256)
+            votes = torch.where(inside, leaves[:, :1], leaves[:, 1:]).double()
+            threshold = float(stage.findtext("stageThreshold")) - 1e-5  # OpenCV's own slack
+            stages.append(Stage(top + steps * height, left + steps * width, votes, threshold))
+        return Cascade(int(root.findtext("width")), stages)
+    except (OSError, ElementTree.ParseError, AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise common.UserError(f"{path} can't be read as a cascade of LBP stumps: {error}") from error
+
+
+def find_faces(image: Image.Image, cascade: Cascade, smallest: int) -> list[tuple[int, int, int]]:
+    """Left, top and side of the faces of an RGB image, in pixels, none smaller than `smallest`."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+    weights = torch.tensor([4899, 9617, 1868], dtype=torch.int32)  # OpenCV's, of a sum of 2^14
+    grey = ((pixels * weights).sum(2, dtype=torch.int32) + 8192) >> 14  # (H, W)
+    return merge(find_windows(equalize(grey), cascade, smallest))
+
+
+def equalize(grey: torch.Tensor) -> torch.Tensor:
+    """Histogram equalisation as OpenCV's: int32 (H, W) in 0..255, in and out."""
+    counts = grey.flatten().bincount(minlength=256)
+    first = int(counts.nonzero()[0])
+    rest = grey.numel() - int(counts[first])
+    if rest == 0:
+        return grey
+    counts[: first + 1] = 0
+    return (counts.cumsum(0).float() * (255 / rest)).round().int()[grey]
+
+
+def shrink(grey: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Bilinear resizing in integers as OpenCV's INTER_LINEAR_EXACT: half-pixel centres, weights of 1/256."""
+
+    def neighbours(source: int, target: int):
+        place = ((torch.arange(target, dtype=torch.float64) + 0.5) * source / target - 0.5).clamp(0, source - 1)
+        low = place.int()
+        return low, (low + 1).clamp(max=source - 1), ((place - low) * 256).round().int()
+
+    top, bottom, down = neighbours(grey.shape[0], height)
+    left, right, across = neighbours(grey.shape[1], width)
+    rows = grey[:, left] * (256 - across) + grey[:, right] * across  # (H, width)
+    return (rows[top] * (256 - down)[:, None] + rows[bottom] * down[:, None] + 32768) >> 16  # (height, width)
+
+
+def find_windows(grey: torch.Tensor, cascade: Cascade, smallest: int) -> list[tuple[int, int, int]]:
+    """The windows that pass every stage, at all scales 1.1^k: left, top and side in pixels of `grey`."""
+    height, width = grey.shape
+    scales = [1.1**k for k in range(200) if smallest <= round(cascade.window * 1.1**k) <= min(height, width)]
+    if not scales:
+        return []
+    levels = [shrink(grey, round(height / scale), round(width / scale)) for scale in scales]
+    # All levels lie one below the other on one canvas with one integral image, so that a stage runs once over all.
+    stride = levels[0].shape[1] + 1
+    tops = torch.tensor([0] + [len(level) for level in levels]).cumsum(0)
+    canvas = torch.zeros(int(tops[-1]) + 1, stride, dtype=torch.int32)
+    windows = []  # each the place of its top left corner in the flat canvas
+    for scale, level, top in zip(scales, levels, tops.tolist()):
+        canvas[top + 1 : top + 1 + level.shape[0], 1 : 1 + level.shape[1]] = level
+        step = 1 if scale >= 2 else 2
+        y, x = (torch.arange(0, side - cascade.window + 1, step, dtype=torch.int32) for side in level.shape)
+        windows.append(((top + y)[:, None] * stride + x).flatten())
+    windows = torch.cat(windows)
+    integral = canvas.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32).flatten()
+    for stage in cascade.stages:
+        windows = windows[stage_sums(stage, integral, stride, windows) >= stage.threshold]
+    y, x = windows // stride, windows % stride
+    level = torch.bucketize(y, tops, right=True) - 1
+    found = zip(x.tolist(), (y - tops[level]).tolist(), [scales[k] for k in level.tolist()])
+    return [(round(x * scale), round(y * scale), round(cascade.window * scale)) for x, y, scale in found]
+
+
+def stage_sums(stage: Stage, integral: torch.Tensor, stride: int, windows: torch.Tensor) -> torch.Tensor:
+    """The sum of a stage's votes for each window: float64 (windows,)."""
+    corners = stage.rows[:, None] * stride + stage.columns  # (4, 4, stumps), places relative to a window's
+    stumps = corners.shape[2]
+    sums = []
+    for some in windows.split(2**19 // corners.numel() + 1):  # what a processor's cache holds
+        values = integral.index_select(0, (corners[..., None] + some).flatten()).view(4, 4, stumps, -1)
+        cells = values[1:, 1:] - values[:-1, 1:] - values[1:, :-1] + values[:-1, :-1]  # (3, 3, stumps, some)
+        pattern = torch.arange(stumps, dtype=torch.int32)[:, None] * 256  # (stumps, 1)
+        # A bit for each neighbour that is at least the centre, clockwise from the top left (Liao et al. 2007).
+        for bit, place in enumerate([(1, 0), (2, 0), (2, 1), (2, 2), (1, 2), (0, 2), (0, 1), (0, 0)]):
+            pattern = pattern + ((cells[place] >= cells[1, 1]).int() << bit)
+        sums.append(stage.votes.flatten()[pattern].sum(0))
+    return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64)
+
+
+def merge(windows: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """OpenCV's groupRectangles with more than 5 neighbours: the means of clusters of similar windows."""
+
+    def similar(a, b):
+        slack = 0.2 * min(a[2], b[2])
+        return all(
+            abs(p - q) <= slack for p, q in zip((*a[:2], a[0] + a[2], a[1] + a[2]), (*b[:2], b[0] + b[2], b[1] + b[2]))
+        )
+
+    clusters: list[list] = []
+    for window in windows:
+        near = [cluster for cluster in clusters if any(similar(window, other) for other in cluster)]
+        clusters = [cluster for cluster in clusters if cluster not in near] + [sum(near, [window])]
+    strong = [(*(round(sum(v) / len(c)) for v in zip(*c)), len(c)) for c in clusters if len(c) > 5]
+
+    def inside(a, b):
+        slack = round(0.2 * b[2])
+        return all(b[i] - slack <= a[i] and a[i] + a[2] <= b[i] + b[2] + slack for i in (0, 1))
+
+    return [a[:3] for a in strong if not any(a is not b and b[3] > max(3, a[3]) and inside(a, b) for b in strong)]
+
+
+# ------------------------------------------------------------------------------------------------ from pictures to crops
+
+
+class Crop(NamedTuple):
+    jpeg: bytes
+    box: tuple[int, int, int]  # left, top and side of the face in the picture, pixels
+    hash: int  # 64 bits
+    flaw: str  # "grey", "blurred" or ""
+
+
+def crop_faces(picture: bytes | str, cascade: str | None, min_face: int, margin: float) -> list[Crop]:
+    """The faces of a picture (a file's bytes or path), or its centre square without a cascade. Raises Unusable."""
+    image = decode(picture)
+    if cascade:
+        scale = min(1.0, DETECTION_SIZE / max(image.size))
+        small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+        found = find_faces(small, read_cascade(cascade), max(SMALLEST_FACE, round(min_face * scale)))
+        boxes = [tuple(round(value / scale) for value in box) for box in found]
+    else:
+        side = min(image.size)
+        boxes, margin = [((image.width - side) // 2, (image.height - side) // 2, side)] if side >= min_face else [], 1
+    return [cut(image, box, margin) for box in sorted(boxes)]
+
+
+def decode(picture: bytes | str) -> Image.Image:
+    """RGB, upright, on white."""
+    try:
+        with (
+            warnings.catch_warnings(),
+            Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=list(FORMATS)) as image,
+        ):
+            warnings.simplefilter("ignore")  # about sizes, for which the limit below is stricter, and bad metadata
+            if image.width * image.height > MAX_PIXELS:
+                raise Unusable("more than 40 million pixels")
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+                raise Unusable("grey")
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Unusable:
+        raise
+    except Image.DecompressionBombError as error:
+        raise Unusable("more than 40 million pixels") from error
+    except Exception as error:  # decoders of broken files raise anything
+        raise Unusable("not a whole picture") from error
+
+
+def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> Crop:
+    """A square around a face, a little higher than it; at the picture's edges it is moved, then shrunk, never padded."""
+    left, top, face = box
+    side = min(round(margin * face), *image.size)
+    raised = 0.1 * face if margin > 1 else 0
+    left = min(max(round(left + face / 2 - side / 2), 0), image.width - side)
+    top = min(max(round(top + face / 2 - raised - side / 2), 0), image.height - side)
+    crop = image.resize((CROP_SIZE, CROP_SIZE), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    file = io.BytesIO()
+    crop.save(file, "JPEG", quality=95)
+    return Crop(file.getvalue(), box, difference_hash(crop), flaw(crop))
+
+
+def flaw(crop: Image.Image) -> str:
+    """Why a crop is of no use, or nothing: hardly any colour (mean range of the channels), or hardly any edge (variance of
+    the Laplacian), both at the 64x64 pixels that are trained on."""
+    small = crop.resize((64, 64), Image.Resampling.LANCZOS)
+    red, green, blue = small.split()
+    highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    lowest = ImageChops.darker(ImageChops.darker(red, green), blue)
+    if ImageStat.Stat(ImageChops.subtract(highest, lowest)).mean[0] < GREYEST:
+        return "grey"
+    laplacian = ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), scale=1, offset=128)
+    return "blurred" if ImageStat.Stat(small.convert("L").filter(laplacian)).var[0] < BLURRIEST else ""
+
+
+def difference_hash(crop: Image.Image) -> int:
+    """64 bits: whether each of 8x8 grey areas is darker than the next one to the right."""
+    grey = crop.convert("L").resize((9, 8), Image.Resampling.BOX).tobytes()
+    return sum((grey[9 * y + x] < grey[9 * y + x + 1]) << (8 * y + x) for y in range(8) for x in range(8))
+
+
+# ----------------------------------------------------------------------------------------------- the folder and its state
+
+
+class Folder:
+    """A folder of crops with its metadata.csv: one row a post, the last one of a post holds. One process at a time.
+
+    outcome: "faces" (at least one crop), "none" (no crop, for the reason), "skipped" (not fetched or not usable, for good),
+    "failed" (worth a try in another crawl) or "forgotten". Crops are on the disk before their row is.
+    """
+
+    FIELDS = ("site", "id", "page", "artist", "source", "rating", "outcome", "reason", "crops", "boxes", "hashes")
+
+    def __init__(self, path: str):
+        self.path, self.table = Path(path), Path(path, "metadata.csv")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.path)
+        for leftover in self.path.glob(".*.tmp"):  # of a crawl that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        self.rows = {(row["site"], row["id"]): row for row in self.read()}
+        self.hashes = [int(word, 16) for row in self.rows.values() for word in row["hashes"].split()]
+        self.faces = sum(len(row["crops"].split()) for row in self.rows.values())
+
+    def read(self) -> list[dict]:
+        if not self.table.exists():
+            self.write([])
+        data = self.table.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):  # a row that a kill or a full disk tore
+            os.truncate(self.table, whole)
+        try:
+            reader = csv.DictReader(io.StringIO(data[:whole].decode()))
+            rows = list(reader)
+            if tuple(reader.fieldnames or ()) != self.FIELDS or any(None in (*row, *row.values()) for row in rows):
+                raise ValueError("other columns")
+            return rows
+        except (csv.Error, ValueError) as error:
+            raise common.UserError(f"{self.table} is damaged or not of this script ({error}): move it away") from error
+
+    def write(self, rows: list[dict]) -> None:
+        with common.replacing(self.table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def knows(self, post: Post) -> bool:
+        return self.rows.get((post.site, post.id), {}).get("outcome", "failed") != "failed"
+
+    def add(
+        self, post: Post, outcome: str, reason: str = "", crops: list[Crop] | tuple = ()
+    ) -> tuple[str, collections.Counter]:
+        """Save a post's crops, then its row. Returns what became of it, and what of its crops was dropped."""
+        kept, dropped = [], collections.Counter()
+        for crop in crops:
+            near = any((crop.hash ^ known).bit_count() <= NEAREST for known in self.hashes)
+            if why := crop.flaw or ("near-duplicate" if near else ""):
+                dropped[why] += 1
+            else:
+                kept.append(crop)
+                self.hashes.append(crop.hash)
+        if outcome == "faces" and not kept:
+            outcome, reason = "none", ", ".join(dropped) or "no face"
+        names = [f"{post.site}-{post.id}-{number}.jpg" for number in range(len(kept))]
+        for name, crop in zip(names, kept):
+            with common.replacing(self.path / name) as temporary:
+                temporary.write_bytes(crop.jpeg)
+        texts = (post.site, post.id, post.page, post.artist, post.source, post.rating, outcome, reason)
+        boxes = [",".join(map(str, crop.box)) for crop in kept]
+        lists = (" ".join(names), " ".join(boxes), " ".join(f"{crop.hash:016x}" for crop in kept))
+        row = self.rows[post.site, post.id] = dict(zip(self.FIELDS, (*texts, *lists)))
+        line = io.StringIO()
+        csv.DictWriter(line, self.FIELDS, lineterminator="\n").writerow(row)
+        with open(self.table, "ab", buffering=0) as file:
+            file.write(line.getvalue().encode())
+            os.fsync(file.fileno())
+        self.faces += len(kept)
+        return reason or outcome, dropped
+
+    def forget(self, names: list[tuple[str, str]]) -> int:
+        """Mark posts as never to be fetched, then delete their crops; returns how many."""
+        for site, id in names:
+            blank = dict.fromkeys(self.FIELDS, "")
+            self.rows[site, id] = blank | dict(site=site, id=id, outcome="forgotten")
+        self.write(list(self.rows.values()))
+        crops = [path for site, id in names for path in self.path.glob(f"{site}-{id}-*.jpg")]
+        for path in crops:
+            path.unlink()
+        return len(crops)
+
+
+def lock(folder: Path):
+    """An open file that keeps other crawls out of the folder for as long as this process lives."""
+    file = open(folder / ".lock", "w")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise common.UserError(f"another crawl is writing to {folder}: wait for it, or choose another --to") from error
+    return file
+
+
+# --------------------------------------------------------------------------------------------------------------- a crawl
+
+Result = tuple[Post, str, str, list[Crop]]  # what Folder.add takes
+
+
+def fetch_and_crop(
+    posts: Iterator[Post], fetcher: Fetcher, crop: Callable, folder: Folder, ratings: list[str]
+) -> Iterator[Result]:
+    """One post after the other, so that a killed crawl has fetched at most one picture in vain."""
+    failures = 0
+    for post in posts:
+        if folder.knows(post):
+            continue
+        unwanted = "rating" if post.rating and post.rating not in ratings else "tag" if post.tags & FACELESS_TAGS else "no picture"
+        if unwanted != "no picture" or not post.files:
+            yield post, "skipped", unwanted, []
+            continue
+        try:
+            yield post, "faces", "", crop(fetch_picture(fetcher, post))
+            failures = 0
+        except Unusable as error:
+            yield post, "skipped", str(error), []
+        except Unfetched as error:
+            failed = error.again or error.status in (401, 403)
+            failures = failures + 1 if failed else 0
+            yield post, "failed" if failed else "skipped", error.reason, []
+            if failures == FAILURES:
+                raise SourceError(f"{failures} pictures in a row could not be fetched ({error.reason})") from error
+
+
+def fetch_picture(fetcher: Fetcher, post: Post) -> bytes:
+    """The first of a post's files that is there."""
+    for address, md5 in post.files:
+        try:
+            body = fetcher.fetch(address)
+            if len(md5) == 32 and hashlib.md5(body, usedforsecurity=False).hexdigest() != md5.lower():
+                raise Unfetched("damaged: another MD5")
+            return body
+        except Unfetched as error:
+            failure = error
+    raise failure
+
+
+def crop_on_disk(posts: list[Post], crop: Callable) -> Iterator[Result]:
+    """All processors at once, in the order of the posts."""
+    workers = min(os.cpu_count() or 1, len(posts) // 8)
+    if workers < 2:
+        yield from (finish(post, lambda post=post: crop(post.files[0][0])) for post in posts)
+        return
+    spawning = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawning, start_worker) as pool:
+        waiting, posts = collections.deque(), iter(posts)
+        try:
+            while True:
+                for post in itertools.islice(posts, 4 * workers - len(waiting)):
+                    waiting.append((post, pool.submit(crop, post.files[0][0])))
+                if not waiting:
+                    return
+                post, future = waiting.popleft()
+                yield finish(post, future.result)
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise common.UserError("a worker process died: the machine may be out of memory") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def finish(post: Post, crops: Callable[[], list[Crop]]) -> Result:
+    try:
+        return post, "faces", "", crops()
+    except Unusable as error:
+        return post, "skipped", str(error), []
+
+
+def start_worker() -> None:
+    """One thread each; Ctrl-C is the parent's affair; and a worker does not outlive a parent that was killed."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def crawl(args: argparse.Namespace) -> None:
+    """From the options to a folder of crops."""
+    folder = Folder(args.to)
+    if args.forget:
+        count = folder.forget(args.forget)
+        print(
+            f"{AGENT}: {len(args.forget)} posts forgotten, {count} crops deleted; copies elsewhere are yours to delete"
+        )
+        return
+    cascade = find_cascade(args.cascade) if args.detector == "lbp" else None
+    crop = functools.partial(crop_faces, cascade=cascade, min_face=args.min_face, margin=args.margin)
+    limit, fetcher = args.limit or float("inf"), None
+    if args.from_dir:
+        posts = [post for post in disk_posts(Path(args.from_dir), folder.path) if not folder.knows(post)]
+        results, total, unit = crop_on_disk(posts, crop), len(posts), "pictures"
+    else:
+        fetcher, posts = source(args)
+        results = fetch_and_crop(posts, fetcher, crop, folder, args.rating)
+        total, unit = (
+            max(0, args.limit - folder.faces) if args.limit else len(posts),
+            "faces" if args.limit else "pictures",
+        )
+    before, progress, counts = folder.faces, common.Progress(total, unit), collections.Counter()
+    print(f"{AGENT}: {args.to} has {before:,} faces of {len(folder.rows):,} posts", flush=True)
+
+    def summary() -> str:
+        megabytes = f", {fetcher.bytes / 1e6:.1f} MB" if fetcher else ""
+        others = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common() if reason != "posts")
+        return f"{folder.faces - before:,} faces of {counts['posts']:,} posts{megabytes}" + (
+            f"; skipped: {others}" if others else ""
+        )
+
+    end = "the end of the source"
+    try:
+        while folder.faces < limit and counts["posts"] < POSTS_PER_FACE * limit and (result := next(results, None)):
+            outcome, dropped = folder.add(*result)
+            counts.update({"posts": 1} | dropped | ({outcome: 1} if outcome not in ("faces", *dropped) else {}))
+            progress.update(folder.faces - before if unit == "faces" else counts["posts"], "· " + summary())
+    except KeyboardInterrupt:
+        progress.close(f"{AGENT}: {summary()}")
+        raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
+    except common.UserError:
+        progress.close(f"{AGENT}: {summary()}")
+        raise
+    finally:
+        results.close()
+    end = (
+        "the limit"
+        if folder.faces >= limit
+        else "ten posts a face"
+        if counts["posts"] >= POSTS_PER_FACE * limit
+        else end
+    )
+    progress.close(f"{AGENT}: {summary()}")
+    name = "anime" if Path(args.to).resolve() == Path("data/anime").resolve() else shlex.quote(args.to)
+    print(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
+    print(
+        f"{AGENT}: next: python dcgan.py --dataset {name}"
+        if folder.faces
+        else f"{AGENT}: no faces found: other --tags, or a smaller --min-face, may help"
+    )
+
+
+def source(args: argparse.Namespace) -> tuple[Fetcher, Iterator[Post]]:
+    """Who fetches and what is there to be fetched."""
+    if args.urls:
+        posts = list(listed_posts(args.urls))
+        hosts = {host for post in posts if (host := hostname(post.files[0][0]))}
+        return Fetcher(hosts, args.base_url, args.delay), posts
+    site, name = SITES[args.site], args.site
+    domains, home = {site.domain}, site.home
+    if args.base_url:
+        domains, home = set(), args.base_url.rstrip("/")
+        name = re.sub(r"[^a-z0-9.]", "_", hostname(home))
+    tags = site.tags if args.tags is None else args.tags
+    if site.general_tag and args.rating == ["general"]:
+        tags = f"{tags} {site.general_tag}".strip()
+    fetcher = Fetcher(domains, args.base_url, args.delay)
+    return fetcher, site_posts(fetcher, site, name, home, tags)
+
+
+def hostname(address: str) -> str:
+    """An address's host, or nothing."""
+    try:
+        return origin(urlsplit(address))[1]
+    except ValueError:
+        return ""
+
+
+def find_cascade(path: str | None) -> str:
+    """The detector's file: the given one, or the author's own, downloaded once and checked."""
+    if path:
+        read_cascade(path)
+        return path
+    if not Path(CASCADE_FILE).exists():
+        print(f"{AGENT}: downloading the face detector (MIT licence, nagadomi) to {CASCADE_FILE}", flush=True)
+        try:
+            data = Fetcher({"raw.githubusercontent.com"}, None, 1.0).fetch(CASCADE_URL, "file")
+        except Unfetched as error:
+            raise SourceError(
+                f"the face detector can't be had ({error.reason}): put {CASCADE_URL} into {CASCADE_FILE}, or try --detector none"
+            ) from error
+        with common.replacing(CASCADE_FILE) as temporary:
+            temporary.write_bytes(data)
+    if hashlib.sha256(Path(CASCADE_FILE).read_bytes()).hexdigest() != CASCADE_SHA256:
+        raise common.UserError(f"{CASCADE_FILE} is not the author's file: delete it, and it is downloaded again")
+    return CASCADE_FILE
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = common.Parser(f"{AGENT}.py", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--site", choices=list(SITES), help="whose posts to look through (safebooru)")
+    add("--tags", help="the site's search, its words between spaces (the site's own for one girl, where it has them)")
+    add("--urls", metavar="FILE", help="a list of picture addresses, one a line, instead of a site")
+    add("--from-dir", metavar="DIR", help="a folder of pictures instead of a site")
+    add("--base-url", metavar="URL", help="another host that speaks the site's API")
+    add("--to", metavar="DIR", default="data/anime", help="folder of the crops (data/anime)")
+    add("--limit", type=common.number(int, 1), metavar="N", help="faces in the folder to stop at (2000 from a site)")
+    add("--rating", nargs="+", choices=RATINGS, default=["general"], help="which ratings to take (general)")
+    add(
+        "--detector", choices=["lbp", "none"], default="lbp", help="lbp finds faces, none takes the centre square (lbp)"
+    )
+    add("--cascade", metavar="FILE", help=f"the detector's file, downloaded when absent ({CASCADE_FILE})")
+    add("--min-face", type=common.number(int, 24), default=64, metavar="PIXELS", help="smallest face's side (64)")
+    add("--margin", type=common.number(float, 1, 4), default=1.5, help="the crop's side in face sides (1.5)")
+    add(
+        "--delay",
+        type=common.number(float, 0),
+        default=1.0,
+        metavar="SECONDS",
+        help="between two requests to a host (1)",
+    )
+    add("--forget", nargs="+", metavar="ID", help="delete these posts' crops and never fetch them again")
+    args = parser.parse_args([] if argv is None and common.in_notebook() else argv)
+    args.script = AGENT
+    if sum(map(bool, (args.site, args.urls, args.from_dir))) > 1:
+        parser.error("--site, --urls and --from-dir exclude each other")
+    if (args.urls or args.from_dir) and args.tags is not None:
+        parser.error("--tags searches a --site")
+    args.site = args.site or "safebooru"
+    if args.from_dir and not Path(args.from_dir).is_dir():
+        parser.error(f"--from-dir {args.from_dir}: no such folder")
+    if args.tags and re.search(r"(^|\s)-?(order|sort|id):", args.tags):
+        parser.error("--tags: order:, sort: and id: can't be used, since the crawl itself goes by id")
+    if args.base_url and (
+        args.from_dir or not hostname(args.base_url) or not args.base_url.startswith(("http://", "https://"))
+    ):
+        parser.error("--base-url takes an http or https address, and goes with --site or --urls")
+    if args.delay < 1 and hostname(args.base_url or "") not in ("localhost", "127.0.0.1", "::1"):
+        parser.error("--delay: at least a second between two requests; less is for a --base-url on this very machine")
+    if args.forget:
+        try:
+            args.forget = [post_name(name, args) for name in args.forget]
+        except ValueError as error:
+            parser.error(f"--forget {error}: takes a crop's file name, a SITE-ID or an ID of the --site")
+    if not (args.limit or args.urls or args.from_dir):
+        args.limit = 2000
+    return args
+
+
+def post_name(text: str, args: argparse.Namespace) -> tuple[str, str]:
+    """Site and id from "safebooru-123-0.jpg", "safebooru-123" or "123". Raises ValueError."""
+    stem = text.removesuffix(".jpg").rpartition("-")[0] if text.endswith(".jpg") else text
+    site, _, number = stem.rpartition("-")
+    if not re.fullmatch(r"[a-z0-9._]*", site) or not re.fullmatch(r"[0-9a-f]{1,16}", number):
+        raise ValueError(text)
+    return site or args.site, number
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    common.run_command(crawl, args)
+
+
+if __name__ == "__main__":
+    main()
