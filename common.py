@@ -604,7 +604,8 @@ def read_footer(cache: Path) -> dict:
             file.seek(-8, os.SEEK_END)
             length = int.from_bytes(file.read(8), "big")
             file.seek(-8 - length, os.SEEK_END)
-            return json.loads(file.read(length))
+            footer = json.loads(file.read(length))
+            return footer if isinstance(footer, dict) else {}
     except (OSError, ValueError, OverflowError):
         return {}
 
@@ -871,7 +872,9 @@ def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: there is no checkpoint: train first, or name the run's folder with --out-dir")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of a foreign file's bytes: one line is enough
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes lead to
         raise UserError(
             f"{path} is damaged or no checkpoint of ours, and was not loaded ({type(error).__name__})"

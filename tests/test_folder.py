@@ -1,0 +1,300 @@
+"""Folders of images: every mode and format, every kind of file that is no image, and the cache of the pixels."""
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+from tests.conftest import ROOT
+
+RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    path = tmp_path / "pictures"
+    path.mkdir()
+    return path
+
+
+def load(folder: Path, size: int = 8) -> torch.Tensor:
+    return common.load_folder(folder, size)
+
+
+def halves(left, right, mode="RGB", size=(32, 32)) -> Image.Image:
+    """A picture of two colours, side by side."""
+    image = Image.new(mode, size, left)
+    image.paste(right, (size[0] // 2, 0, *size))
+    return image
+
+
+def png_16_bits(colour_type: int, samples: tuple[int, ...], side: int = 16) -> bytes:
+    """A PNG of one colour with 16 bits a sample, which Pillow reads but does not write for more than one channel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" + struct.pack(f">{len(samples)}H", *samples) * side
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 16, colour_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(row * side)) + chunk(b"IEND", b"")
+
+
+def palette_with_hole() -> Image.Image:
+    image = halves(RED, BLUE).quantize(2)
+    image.info["transparency"] = image.getpixel((31, 0))  # the blue half
+    return image
+
+
+def turned() -> Image.Image:
+    """Blue above red as stored; its EXIF tag says that the stored top is the right side."""
+    image = halves(RED, BLUE).rotate(90)
+    image.getexif()[0x0112] = 6
+    return image
+
+
+def frames() -> list[Image.Image]:
+    return [halves(RED, BLUE), Image.new("RGB", (32, 32), WHITE)]
+
+
+# name: (what is saved, its options, the colours of the left and the right half as they must be loaded)
+MODES = {
+    "grey.png": (halves(0, 128, "L"), {}, (0, 0, 0), GREY),
+    "black-and-white.png": (halves(0, 255, "1"), {}, (0, 0, 0), WHITE),
+    "palette.png": (halves(RED, BLUE).quantize(2), {}, RED, BLUE),
+    "palette-with-hole.png": (palette_with_hole(), {}, RED, WHITE),
+    "alpha.png": (halves((255, 0, 0, 255), (0, 0, 255, 0), "RGBA"), {}, RED, WHITE),
+    "half-alpha.png": (halves((255, 0, 0, 255), (0, 0, 0, 127), "RGBA"), {}, RED, GREY),
+    "grey-alpha.png": (halves((0, 255), (0, 0), "LA"), {}, (0, 0, 0), WHITE),
+    "one-colour-transparent.png": (halves(RED, BLUE), dict(transparency=BLUE), RED, WHITE),
+    "grey-16-bits.png": (halves(0, 0x8080, "I;16"), {}, (0, 0, 0), GREY),
+    "rgb.jpg": (halves(RED, BLUE), dict(quality=95), RED, BLUE),
+    "grey.jpeg": (halves(0, 128, "L"), {}, (0, 0, 0), GREY),
+    "cmyk.jpg": (halves(RED, BLUE).convert("CMYK"), dict(quality=95), RED, BLUE),
+    "large.jpg": (halves(RED, BLUE, size=(512, 512)), dict(quality=95), RED, BLUE),
+    "progressive.jpg": (halves(RED, BLUE), dict(progressive=True, quality=95), RED, BLUE),
+    "turned.jpg": (turned(), dict(quality=95, exif=turned().getexif()), RED, BLUE),
+    "rgb.webp": (halves(RED, BLUE), dict(lossless=True), RED, BLUE),
+    "alpha.webp": (halves((255, 0, 0, 255), (0, 0, 255, 0), "RGBA"), dict(lossless=True), RED, WHITE),
+    "rgb.bmp": (halves(RED, BLUE), {}, RED, BLUE),
+    "grey.bmp": (halves(0, 128, "L"), {}, (0, 0, 0), GREY),
+    "first-frame.gif": (frames()[0], dict(save_all=True, append_images=frames()[1:]), RED, BLUE),
+    "wide.png": (halves(RED, BLUE, size=(96, 16)), {}, RED, BLUE),
+    "tall.png": (halves(RED, BLUE, size=(16, 96)), {}, RED, BLUE),
+    "ribbon.png": (halves(RED, BLUE, size=(5000, 4)), {}, RED, BLUE),
+    "tiny.bmp": (halves(RED, RED, size=(1, 1)), {}, RED, RED),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_becomes_the_colours_that_a_person_sees(folder, name):
+    image, options, left, right = MODES[name]
+    image.save(folder / name, **options)
+    images = load(folder)
+    assert images.shape == (1, 3, 8, 8) and images.dtype == torch.uint8
+    for column, colour in ((0, left), (7, right)):
+        expected = torch.tensor(colour).view(3, 1).expand(3, 8)
+        torch.testing.assert_close(images[0, :, :, column].int(), expected.int(), atol=9, rtol=0)
+
+
+@pytest.mark.parametrize(("colour_type", "samples"), [(0, (0x8080,)), (2, (0x8080,) * 3), (4, (0x8080, 0xFFFF))])
+def test_16_bits_a_sample_keep_their_upper_half(folder, colour_type, samples):
+    (folder / "deep.png").write_bytes(png_16_bits(colour_type, samples))
+    assert (load(folder).int() - 128).abs().max() <= 1
+
+
+def test_an_image_of_the_asked_size_is_kept_to_the_bit_and_others_as_pillow_resizes_them(folder):
+    noise = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    Image.fromarray(noise[0].numpy()).save(folder / "a.png")
+    wide = Image.fromarray(torch.randint(0, 256, (24, 40, 3), dtype=torch.uint8).numpy())
+    wide.save(folder / "b.png")
+    images = load(folder)
+    assert torch.equal(images[0], noise[0].permute(2, 0, 1))
+    expected = wide.resize((8, 8), Image.Resampling.BICUBIC, box=(8, 0, 32, 24))
+    assert images[1].permute(1, 2, 0).contiguous().numpy().tobytes() == expected.tobytes()
+
+
+def test_nested_folders_odd_names_and_wrong_endings(folder):
+    colours = {"a/b/deep.png": RED, "ünï cödé\nname.png": BLUE, "no-ending": WHITE, "really-a-bmp.jpg": GREY}
+    for name, colour in colours.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), colour).save(path, "BMP" if "bmp" in name else "PNG")
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    (folder / "linked.png").symlink_to(folder / "a/b/deep.png")
+    images = load(folder)
+    assert len(images) == 5  # in the order of their relative paths, whatever the file system's is
+    order = [RED, RED, WHITE, GREY, BLUE]
+    assert [tuple(image[:, 0, 0].tolist()) for image in images] == order
+
+
+def write_broken(folder: Path) -> int:
+    """Every kind of file that is no usable image; returns how many."""
+    good = folder.parent / "good.png"
+    Image.effect_noise((64, 64), 90).save(good)
+    noise = good.read_bytes()
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.png").write_text("not a picture")
+    (folder / "cut.png").write_bytes(noise[: len(noise) // 2])
+    Image.effect_noise((64, 64), 90).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:600])
+    (folder / "head.gif").write_bytes(b"GIF89a")
+    bomb = bytearray(noise)
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    (folder / "bomb.png").write_bytes(bomb)
+    (folder / "program.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    return 7
+
+
+def test_broken_files_are_skipped_counted_and_named(folder, capsys):
+    count = write_broken(folder)
+    Image.new("RGB", (9, 9), RED).save(folder / "z.png")
+    for _ in range(2):  # told again when the cache is used
+        assert len(load(folder)) == 1
+        shown = capsys.readouterr().out
+        assert f"skipped {count} files: bomb.png (too large), cut.jpg (damaged" in shown and shown.count("\n") == 1
+
+
+def test_an_image_with_damaged_exif_data_is_an_image(folder):
+    halves(RED, BLUE).save(folder / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
+    assert len(load(folder)) == 1
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "empty", "broken", "mistyped"])
+def test_a_folder_without_images_is_an_error_that_says_what_was_found(folder, kind):
+    path, expected = folder, "no file"
+    if kind == "missing":
+        path, expected = folder / "nothing", "there is no folder"
+    elif kind == "file":
+        path, expected = folder / "file", "there is no folder"
+        path.write_bytes(b"")
+    elif kind == "broken":
+        expected = f"{write_broken(folder)} files, none of them a usable image: bomb.png"
+    elif kind == "mistyped":
+        path, expected = Path("mnits"), "--dataset takes"
+    with pytest.raises(common.UserError, match=expected):
+        load(path)
+    assert not list(folder.parent.glob("*.images")) and not list(folder.parent.glob(".*.tmp"))
+
+
+def paint(folder: Path, count: int) -> None:
+    for i in range(count):
+        Image.new("RGB", (9, 9), (i % 256, i // 256, 7)).save(folder / f"{i:05}.bmp")
+
+
+def test_the_cache_is_used_until_a_file_changes(folder, monkeypatch):
+    paint(folder, 3)
+    decoded = []
+    decode = common.decode_image
+    monkeypatch.setattr(common, "decode_image", lambda path, size: decoded.append(path) or decode(path, size))
+
+    def decodes() -> int:
+        decoded.clear()
+        load(folder)
+        return len(decoded)
+
+    assert decodes() == 3 and decodes() == 0
+    paint(folder, 4)
+    assert decodes() == 4 and decodes() == 0
+    (folder / "00000.bmp").unlink()
+    assert decodes() == 3
+    (folder / "00001.bmp").rename(folder / "00009.bmp")
+    assert decodes() == 3
+    Image.new("RGB", (9, 9), WHITE).save(folder / "00002.bmp")  # as long as before, but newer
+    assert decodes() == 3 and load(folder)[0].min() == 255
+    assert load(folder, 16).shape[-1] == 16 and decodes() == 0  # another size has a cache of its own
+    cache = folder.with_name("pictures-8.images")
+    for damage in (b"", cache.read_bytes()[:100], b"\0" * 500, b"5" + (1).to_bytes(8, "big")):
+        cache.write_bytes(damage)
+        assert decodes() == 3 and decodes() == 0
+    old = folder.with_name(f".{cache.name}.1.tmp")  # of a builder that was killed long ago
+    old.write_bytes(b"")
+    os.utime(old, (0, 0))
+    cache.unlink()
+    assert decodes() == 3 and not old.exists()
+
+
+def test_the_images_stay_when_the_cache_is_made_anew(folder):
+    paint(folder, 2)
+    images = load(folder)
+    before = images.clone()
+    paint(folder, 3)
+    load(folder)
+    assert torch.equal(images, before)
+    images.zero_()  # a private map: the file keeps its pixels
+    assert torch.equal(load(folder)[:2], before)
+
+
+def test_where_the_parent_is_read_only_the_cache_goes_home(folder, monkeypatch):
+    paint(folder, 2)
+    home = folder.parent / "home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder.parent and may(path, mode))
+    assert len(load(folder)) == 2
+    assert not list(folder.parent.glob("*.images")) and len(list(home.rglob("*.images"))) == 1
+    assert len(load(folder)) == 2
+
+
+BUILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import common
+if __name__ == "__main__":
+    print(int(common.load_folder(Path(sys.argv[2]), 8).long().sum()), flush=True)
+"""
+
+
+def builder(folder: Path) -> subprocess.Popen:
+    script = folder.parent / "build.py"
+    script.write_text(BUILD)
+    command = [sys.executable, str(script), str(ROOT), str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_builders_at_once_and_one_that_is_killed(folder):
+    paint(folder, 300)  # enough to be decoded in another process
+    expected = sum(64 * (i % 256 + i // 256 + 7) for i in range(300))
+    cache = folder.with_name("pictures-8.images")
+    killed = builder(folder)
+    while not list(folder.parent.glob(".*.tmp")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate(timeout=60)  # ends when its decoding processes, which hold the pipe too, have ended
+    assert not cache.exists()
+    other = builder(folder)
+    while len(list(folder.parent.glob(".*.tmp"))) < 2:
+        assert other.poll() is None
+        time.sleep(0.01)
+    assert int(load(folder).long().sum()) == expected
+    output = other.communicate(timeout=60)[0]
+    assert output.split("\n")[-2:] == [str(expected), ""], output
+    assert int(load(folder).long().sum()) == expected
+    # The killed builder's file stays until it is an hour old: a live one's looks the same.
+    assert len(list(folder.parent.glob(".*.tmp"))) == 1
+
+
+def test_real_faces(real_data, folder):
+    sources = sorted((real_data / "anime").iterdir())[:40] if (real_data / "anime").is_dir() else []
+    if not sources:
+        pytest.skip("no faces under DATA_DIR")
+    for source in sources:
+        (folder / source.name).write_bytes(source.read_bytes())
+    images = load(folder, 64)
+    assert images.shape == (40, 3, 64, 64)
+    with Image.open(sources[7]) as image:
+        expected = image.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
+    if image.width == image.height:
+        assert images[7].permute(1, 2, 0).contiguous().numpy().tobytes() == expected.tobytes()
