@@ -529,10 +529,7 @@ def draw_digits(train: bool = True) -> Data:
     pictures = bytearray()
     for label in labels:
         angle, slant = chance.gauss(0, 0.12), chance.gauss(0, 0.15)
-        across, down = (
-            chance.uniform(0.95, 1.45),
-            chance.uniform(0.95, 1.25),
-        )  # glyph pixels a pixel of the 56x56 picture
+        across, down = chance.uniform(1.05, 1.6), chance.uniform(1.1, 1.4)  # glyph pixels a pixel of the 56x56 picture
         cos, sin = math.cos(angle), math.sin(angle)
         a, b = across * (cos + slant * sin), across * (slant * cos - sin)
         d, e = down * sin, down * cos

@@ -1,0 +1,126 @@
+"""Speed of every training against the conventional loop, both timed in turns in one process.
+
+    python tests/bench.py --data-dir data                 # all trainings, at most eight minutes
+    python tests/bench.py --data-dir data gan-guo         # some of them
+
+Prints images per second of both (the best of several rounds, data path included), the ratio, the ratio that is asked
+for, and the share of our step spent outside matrix products and convolutions. Ends with status 1 when a ratio is too
+low. Figures mean something only on an idle machine.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+
+import common  # noqa: E402
+from tests import conventional  # noqa: E402
+
+
+class Training(NamedTuple):
+    script: str
+    options: str
+    asked: float  # times the conventional loop
+
+
+TRAININGS = {
+    "gan-guo": Training("gan", "--preset guo", 2.8),
+    "gan-banerjee": Training("gan", "--preset banerjee", 1.0),
+    "vae-guo": Training("vae", "--preset guo", 2.5),
+    "vae-banerjee-linear": Training("vae", "--preset banerjee-linear", 1.8),
+    "vae-banerjee-conv": Training("vae", "--preset banerjee-conv", 1.5),
+}
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "conv2d", "conv_transpose2d")
+
+
+def ours(script, args: argparse.Namespace, compute: common.Compute) -> Iterator[None]:
+    """Our training, a step at a time."""
+    size = getattr(args, "image_size", None)
+    data = common.load_data(args.dataset, args.data_dir, size=size)
+    networks = {name: network.to(compute.device) for name, network in script.build(args).items()}
+    step = script.make_step(args, compute, networks, script.make_optimizers(args, networks))
+    while True:
+        for images, labels in common.batches(data, args.batch_size, compute.device):
+            step(images, labels)
+            yield
+
+
+def seconds_of(steps: Iterator[None], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        next(steps)
+    return time.perf_counter() - start
+
+
+def compare(steps: dict[str, Iterator[None]], seconds: float) -> dict[str, float]:
+    """Seconds a step of each, the best of rounds that take turns, so that a busy moment of the machine hits all."""
+    counts, best = {}, {}
+    for name, iterator in steps.items():
+        seconds_of(iterator, 3)
+        best[name] = seconds_of(iterator, 3) / 3
+        counts[name] = max(1, round(seconds / 12 / best[name]))
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for name, iterator in steps.items():
+            best[name] = min(best[name], seconds_of(iterator, counts[name]) / counts[name])
+    return best
+
+
+def share_outside_products(steps: Iterator[None], seconds_a_step: float, count: int = 10) -> float:
+    """The part of a step's time that is neither a matrix product nor a convolution."""
+    with torch.profiler.profile() as profile:
+        seconds_of(steps, count)
+    inside = 0.0
+    for event in profile.key_averages():
+        name = event.key.removeprefix("aten::").removeprefix("mkldnn_")
+        if name in PRODUCTS or name.startswith(("convolution", "_slow_conv", "mkldnn_conv", "linear_backward")):
+            inside += event.self_cpu_time_total / 1e6
+    return max(0.0, 1 - inside / count / seconds_a_step)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"trainings to time, of {', '.join(TRAININGS)} (all)")
+    parser.add_argument("--data-dir", default="data", help="folder with MNIST/raw and anime (data)")
+    parser.add_argument("--seconds", type=float, default=36.0, help="time for each training, in seconds (36)")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(TRAININGS):
+        parser.error(f"no training named {', '.join(sorted(unknown))}: there are {', '.join(TRAININGS)}")
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{'training':24}{'batch':>6}{'ours':>10}{'convent.':>10}{'ratio':>7}{'asked':>7}{'outside':>9}")
+    print(f"{'':24}{'':>6}{'images/s':>10}{'images/s':>10}{'':>7}{'':>7}{'products':>9}")
+    slow = []
+    for name in options.names or TRAININGS:
+        training = TRAININGS[name]
+        script = importlib.import_module(training.script)
+        args = script.parse_args([*training.options.split(), "--data-dir", options.data_dir])
+        precision = "bf16" if common.has_native_bf16(torch.device("cpu")) else "fp32"
+        common.seed_everything(0)
+        steps = {
+            "ours": ours(script, args, common.Compute(torch.device("cpu"), precision)),
+            "conventional": getattr(conventional, name.replace("-", "_"), getattr(conventional, training.script))(args),
+        }
+        best = compare(steps, options.seconds)
+        ratio = best["conventional"] / best["ours"]
+        outside = share_outside_products(steps["ours"], best["ours"])
+        rates = [args.batch_size / best[which] for which in ("ours", "conventional")]
+        print(
+            f"{name:24}{args.batch_size:>6}{rates[0]:>10,.0f}{rates[1]:>10,.0f}"
+            f"{ratio:>7.2f}{training.asked:>7.1f}{outside:>9.0%}",
+            flush=True,
+        )
+        slow += [name] if ratio < training.asked else []
+    if slow:
+        raise SystemExit(f"slower than asked: {', '.join(slow)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The nine trainings the conventional way, as the reports' notebooks and most public scripts write them: what bench.py compares with.
+
+Each function takes a script's options and yields once after every step, data path included. They share no code with the
+scripts but the networks' shapes: torchvision transforms through a DataLoader, Sigmoid and BCELoss, fresh noise for each
+player, gradients of the discriminator computed in the generator's step too, `.item()` every step, plain Adam, float32.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+
+def endless(loader: DataLoader) -> Iterator:
+    while True:
+        yield from loader
+
+
+def mnist(args: Namespace, symmetric: bool = True) -> Iterator:
+    """MNIST batches in [-1, 1], or [0, 1]; random images of the same shape where MNIST is not on the disk."""
+    steps = [transforms.ToTensor()] + ([transforms.Normalize(0.5, 0.5)] if symmetric else [])
+    data = datasets.MNIST(args.data_dir, transform=transforms.Compose(steps))
+    return endless(DataLoader(data, args.batch_size, shuffle=True, drop_last=True))
+
+
+def gan(args: Namespace) -> Iterator[None]:
+    import gan as script
+
+    networks = script.build(args)
+    generator, discriminator = networks["generator"], nn.Sequential(networks["discriminator"], nn.Sigmoid())
+    criterion = nn.BCELoss()
+    generator_optimizer = torch.optim.Adam(generator.parameters(), lr=args.lr)
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.lr)
+    for images, _ in mnist(args):
+        real, fake = torch.ones(len(images)), torch.zeros(len(images))
+        real_loss = criterion(discriminator(images), real)
+        fake_loss = criterion(discriminator(generator(torch.randn(len(images), args.latent_size)).detach()), fake)
+        discriminator_loss = real_loss + fake_loss
+        discriminator_optimizer.zero_grad()
+        discriminator_loss.backward()
+        discriminator_optimizer.step()
+
+        generator_loss = criterion(discriminator(generator(torch.randn(len(images), args.latent_size))), real)
+        generator_optimizer.zero_grad()
+        generator_loss.backward()
+        generator_optimizer.step()
+        discriminator_loss.item(), generator_loss.item()
+        yield
+
+
+def vae(args: Namespace) -> Iterator[None]:
+    import vae as script
+
+    encoder, decoder = (n.to(memory_format=torch.contiguous_format) for n in script.build(args).values())
+    decoder = nn.Sequential(decoder, nn.Sigmoid())
+    criterion = nn.BCELoss(reduction="sum")
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=args.lr)
+    for images, _ in mnist(args, symmetric=False):
+        mu, logvar = encoder(images).chunk(2, dim=1)
+        latents = mu + torch.exp(0.5 * logvar) * torch.randn_like(logvar)
+        divergence = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+        loss = (criterion(decoder(latents), images) + divergence) / len(images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        yield

@@ -1,0 +1,758 @@
+"""The crawler against a local site: the right crops, counts and statuses, and no request that breaks the manners."""
+
+import csv
+import gzip
+import io
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import crawl_anime
+from tests import fake_booru
+from tests.fake_booru import FakeBooru, challenge, draw, encode, picture, redirect, status
+
+DELAY = 0.01
+
+
+@pytest.fixture
+def server():
+    server = FakeBooru()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(crawl_anime, "TIMEOUT", 0.5)
+    monkeypatch.setattr(crawl_anime, "DEADLINE", 0.8)
+
+
+def options(server, folder, *more, site="safebooru"):
+    shared = ["--base-url", server.url, "--delay", str(DELAY), "--to", str(folder), "--detector", "none"]
+    return ["--site", site, *shared, "--min-face", "32", "--limit", "1000", *map(str, more)]
+
+
+def run(*argv) -> int:
+    try:
+        crawl_anime.main(list(argv))
+        return 0
+    except SystemExit as end:
+        return end.code
+
+
+def crawl(server, folder, *more, site="safebooru") -> int:
+    return run(*options(server, folder, *more, site=site))
+
+
+def rows(folder) -> dict[str, dict]:
+    with open(Path(folder, "metadata.csv"), newline="", encoding="utf-8") as file:
+        return {row["id"]: row for row in csv.DictReader(file)}
+
+
+def crops(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.jpg")}
+
+
+# ------------------------------------------------------------------------------------------------ three families, one crawl
+
+
+@pytest.mark.parametrize("site", ["safebooru", "danbooru", "yandere", "konachan"])
+def test_every_family_pages_to_its_end(tmp_path, site):
+    server = FakeBooru(count=8, page=3)
+    server.posts[1] |= dict(deleted=True, path="/images/7/gone.webm")
+    server.posts[2] |= dict(rating="e")
+    server.posts[3] |= dict(rating="never heard of")
+    server.posts[4] |= dict(sample="/samples/7/sample_4.jpg")
+    server.files["/samples/7/sample_4.jpg"] = encode(draw(4), "JPEG")
+    assert crawl(server, tmp_path / "faces", site=site) == 0
+    found = rows(tmp_path / "faces")
+    assert {id: row["reason"] for id, row in found.items() if row["outcome"] != "faces"} == {
+        "7": "no picture",
+        "6": "rating",
+        "5": "rating",
+    }
+    assert sorted(crops(tmp_path / "faces")) == [f"127.0.0.1-{id}-0.jpg" for id in (1, 2, 3, 4, 8)]
+    assert "/samples/7/sample_4.jpg" in server.pictures() and "/images/7/4.png" not in server.pictures()
+    assert max(Counter(server.pictures()).values()) == 1
+    for row in found.values():
+        assert row["page"].startswith(server.url) and row["id"] in row["page"]
+    assert all(Image.open(io.BytesIO(jpeg)).size == (256, 256) for jpeg in crops(tmp_path / "faces").values())
+    server.close()
+
+
+def test_ratings_and_faceless_tags(server, tmp_path):
+    server.add(9, encode(draw(9)), rating="questionable")
+    server.add(10, encode(draw(10)), tags="1girl monochrome")
+    assert crawl(server, tmp_path, "--rating", "general", "questionable") == 0
+    assert rows(tmp_path)["9"]["outcome"] == "faces" and rows(tmp_path)["10"]["reason"] == "tag"
+
+
+def test_danbooru_sensitive_is_not_general_and_the_query_says_so(server, tmp_path):
+    server.posts[0] |= dict(rating="s", artist="someone\x1b[31m\u202e", source="https://example.com/\n1")
+    assert crawl(server, tmp_path, site="danbooru") == 0
+    row = rows(tmp_path)["3"]
+    assert row["reason"] == "rating" and row["rating"] == "sensitive"
+    assert row["artist"] == "someone [31m " and row["source"] == "https://example.com/ 1"
+
+
+def test_the_site_table_asks_for_what_the_families_know():
+    danbooru, moebooru, gelbooru = (crawl_anime.SITES[name].query for name in ("danbooru", "yandere", "safebooru"))
+    assert danbooru("a b", 7) == "/posts.json?tags=a+b&limit=200&page=b7"
+    assert moebooru("", 7) == "/post.json?tags=id%3A%3C7&limit=100&page=1"
+    assert gelbooru("a", None) == "/index.php?page=dapi&s=post&q=index&json=1&limit=100&pid=0&tags=a"
+
+
+def test_posts_with_missing_and_odd_fields(server, tmp_path):
+    odd = [{}, None, 3, "text", [], {"id": None}, {"id": "../../x"}, {"id": -4}, {"id": True}, {"id": 1.5}]
+    url = f"{server.url}/images/7/1.png"
+    odd += [dict(id=50), dict(id=51, file_url=[url]), dict(id=52, file_url="http://[bad"), dict(id="53", file_url=url)]
+    odd += [dict(id=54, rating={"a": 1}, tags=["x"], file_url=url), dict(id=55, rating="safe", file_url="/movie.mp4")]
+    odd += [dict(id=56, rating="safe", file_url="//images/7/2.png?56"), dict(id=57, rating="safe", file_url=3)]
+    odd += [dict(id=58, rating="safe", directory="../..", image="x/../../1.png")]
+    server.posts = [dict(id=60 - i, raw=raw) for i, raw in enumerate(odd)]
+    assert crawl(server, tmp_path / "faces") == 0
+    reasons = {id: row["reason"] or row["outcome"] for id, row in rows(tmp_path / "faces").items()}
+    assert reasons == {
+        "50": "rating", "51": "rating", "52": "rating", "53": "rating", "54": "rating",
+        "55": "no picture", "56": "on a foreign host", "57": "no picture", "58": "HTTP 404",
+    }  # fmt: skip
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", "faces", "metadata.csv"]
+
+
+# -------------------------------------------------------------------------------------------------------- faults of pictures
+
+PNG = encode(draw(2))
+JPEG = encode(draw(2, 256), "JPEG")
+BOMB = (
+    b"\x89PNG\r\n\x1a\n"
+    + (header := b"\0\0\0\rIHDR" + struct.pack(">IIBBBBB", 50000, 50000, 8, 2, 0, 0, 0))
+    + struct.pack(">I", zlib.crc32(header[4:]))
+    + b"\0\0\0\0IDAT\x35\xaf\x06\x1e\0\0\0\0IEND\xae\x42\x60\x82"
+)
+SMALLER_BOMB = encode(Image.new("P", (7000, 6000)))
+soon = lambda: formatdate(time.time() + 2, usegmt=True)  # noqa: E731
+
+# name: the faults, one a request; the outcome or reason of the post; how often its picture is asked for
+FAULTS = {
+    "500 then success": ([status(500)], "faces", 2),
+    "502 four times": ([status(502)] * 4, "faces", 5),
+    "503 for ever": ([status(503)] * 9, "HTTP 503", 5),
+    "408": ([status(408)], "faces", 2),
+    "421": ([status(421)], "faces", 2),
+    "429": ([status(429)], "faces", 2),
+    "429 with seconds": ([status(429, Retry_After="1")], "faces", 2),
+    "429 with a date": ([lambda handler: handler.answer(429, Retry_After=soon())], "faces", 2),
+    "429 with a date gone by": ([status(429, Retry_After="Thu, 01 Jan 1970 00:00:00 GMT")], "faces", 2),
+    "429 with nonsense": ([status(429, Retry_After="²"), status(429, Retry_After="-5")], "faces", 3),
+    "400": ([status(400)], "HTTP 400", 1),
+    "403": ([status(403)], "HTTP 403", 1),
+    "404": ([status(404)], "HTTP 404", 1),
+    "410": ([status(410)], "HTTP 410", 1),
+    "204": ([status(204)], "HTTP 204", 1),
+    "206": ([status(206, PNG[:99])], "HTTP 206", 1),
+    "reset": ([fake_booru.reset], "faces", 2),
+    "hang-up": ([fake_booru.hang_up], "faces", 2),
+    "silence": ([fake_booru.silence], "faces", 2),
+    "no HTTP": ([fake_booru.garbage], "faces", 2),
+    "short body": ([fake_booru.short], "faces", 2),
+    "short body for ever": ([fake_booru.short] * 9, "broke off", 5),
+    "broken chunks": ([fake_booru.broken_chunks], "faces", 2),
+    "endless body": ([fake_booru.endless], "more than 20 MiB", 1),
+    "announced too large": ([picture(b"", Content_Length=str(21 * 2**20))], "more than 20 MiB", 1),
+    "dripping body": ([fake_booru.drip], "faces", 2),
+    "dripping body without length": ([fake_booru.drip_without_length], "faces", 2),
+    "dripping headers": ([fake_booru.drip_headers], "faces", 2),
+    "a page": ([picture(b"<html>", kind="text/html")], "not a picture", 1),
+    "a page that claims to be a picture": ([picture(b"<html>" * 99)], "not a whole picture", 1),
+    "compressed": ([picture(gzip.compress(PNG), Content_Encoding="gzip")], "compressed, though not asked for", 1),
+    "a compressed bomb": ([picture(gzip.compress(bytes(10**8)), Content_Encoding="br")], "compressed, though not asked for", 1),
+    "a redirect to itself under another name": ([redirect("/images/7/1.png?again")], "faces", 1),
+    "a permanent redirect": ([redirect("/images/7/1.png?again", 308)], "faces", 1),
+    "a redirect loop": ([redirect("/images/7/2.png")] * 9, "too many redirects", 6),
+    "a redirect nowhere": ([status(302)] * 9, "too many redirects", 6),
+    "a redirect to nonsense": ([redirect("http://[")] * 9, "too many redirects", 6),
+    "a redirect to another host": ([redirect("http://example.com/images/7/1.png")], "not an https address", 1),
+    "a redirect to another https host": ([redirect("https://example.com/1.png")], "on a foreign host", 1),
+    "a redirect to another port": ([redirect("http://127.0.0.1:9/1.png")], "not an https address", 1),
+    "a redirect to a user's password": ([redirect("https://a:b@example.com/")], "not an https address", 1),
+    "a redirect to a file": ([redirect("file:///etc/passwd")], "not an https address", 1),
+    "a redirect to ftp": ([redirect("ftp://127.0.0.1/1.png")], "not an https address", 1),
+    "a redirect to a link-local address": ([redirect("http://169.254.169.254/latest")], "not an https address", 1),
+    "a redirect to a private address": ([redirect("https://10.0.0.1/1.png")], "on a foreign host", 1),
+    "noai": ([picture(PNG, X_Robots_Tag="noindex, noai")], "not for training (X-Robots-Tag)", 1),
+    "noimageai": ([picture(PNG, X_Robots_Tag="otherbot: NoImageAI")], "not for training (X-Robots-Tag)", 1),
+    "TDM reservation": ([picture(PNG, TDM_Reservation="1")], "not for training (X-Robots-Tag)", 1),
+    "noindex alone": ([picture(PNG, X_Robots_Tag="noindex")], "faces", 1),
+    "bytes without a type": ([picture(PNG, kind=None)], "faces", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_one_picture_leaves_the_others_alone(server, tmp_path, name):
+    faults, expected, requests = FAULTS[name]
+    path = "/images/7/2.png"
+    server.faults[path] = list(faults)
+    assert crawl(server, tmp_path / "faces") == 0
+    found = rows(tmp_path / "faces")
+    assert (found["2"]["reason"] or found["2"]["outcome"]) == expected
+    assert found["1"]["outcome"] == "faces" or "again" in str(FAULTS[name]) or expected == "faces"
+    assert found["3"]["outcome"] == "faces" and list(found) == ["3", "2", "1"]
+    assert len(server.requests(path)) == requests
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faces"]
+    check_manners(server)
+
+
+def check_manners(server, delay=DELAY):
+    """One request at a time with the delay between starts, an honest name, robots.txt before the first picture."""
+    moments = [moment for moment, _, _ in server.log]
+    assert all(b - a > delay - 0.004 for a, b in zip(moments, moments[1:]))
+    assert "crawl_anime" in server.last_headers["User-Agent"]
+    assert server.last_headers["Accept-Encoding"] == "identity" and "Cookie" not in server.last_headers
+    paths = [path for _, path, _ in server.log]
+    if server.pictures():
+        assert paths.index("/robots.txt") < paths.index(server.pictures()[0]) and paths.count("/robots.txt") >= 1
+    assert all(host == server.url.removeprefix("http://") for _, _, host in server.log)
+
+
+@pytest.mark.parametrize("how", ["seconds", "date"])
+def test_retry_after_is_obeyed(server, tmp_path, how):
+    fault = (lambda handler: handler.answer(503, Retry_After=soon())) if how == "date" else status(503, Retry_After="1")
+    server.faults["/images/7/2.png"] = [fault]
+    assert crawl(server, tmp_path) == 0
+    first, second = server.requests("/images/7/2.png")
+    assert second - first > 0.95
+    assert not [moment for moment, _, _ in server.log if first < moment < second]
+
+
+def test_slower_after_429_then_recovering(server):
+    fetcher = crawl_anime.Fetcher(set(), server.url, 0.01)
+    server.faults["/images/7/1.png"] = [status(429), status(429)]
+    fetcher.fetch(f"{server.url}/images/7/1.png")
+    slow = fetcher.pace["127.0.0.1"]
+    assert 0.03 < slow <= 0.04
+    fetcher.fetch(f"{server.url}/images/7/2.png")
+    assert 0.01 < fetcher.pace["127.0.0.1"] < slow
+
+
+def test_backoff_grows(server, tmp_path):
+    server.faults["/images/7/2.png"] = [status(500)] * 4
+    crawl(server, tmp_path)
+    moments = server.requests("/images/7/2.png")
+    assert all(b - a >= DELAY * 2**i for i, (a, b) in enumerate(zip(moments, moments[1:])))
+
+
+def test_minimum_speed(server, monkeypatch):
+    monkeypatch.setattr(crawl_anime, "GRACE", 0.1)
+    monkeypatch.setattr(crawl_anime, "TRIES", 1)
+    server.always["/slow.png"] = fake_booru.drip
+    server.always["/robots.txt"] = status(404)
+    with pytest.raises(crawl_anime.Unfetched, match="too slow"):
+        crawl_anime.Fetcher(set(), server.url, 0.01).fetch(f"{server.url}/slow.png")
+
+
+BROKEN = {
+    "pixel bomb": (BOMB, "more than 40 million pixels"),
+    "42 million pixels": (SMALLER_BOMB, "more than 40 million pixels"),
+    "truncated PNG": (PNG[: len(PNG) // 2], "not a whole picture"),
+    "truncated JPEG": (JPEG[: len(JPEG) // 2], "not a whole picture"),
+    "empty": (b"", "not a whole picture"),
+    "TIFF": (encode(draw(2), "TIFF"), "not a whole picture"),
+    "PostScript": (encode(draw(2), "EPS"), "not a whole picture"),
+    "BMP": (encode(draw(2), "BMP"), "not a whole picture"),
+    "16 bits of grey": (encode(Image.new("I;16", (64, 64))), "grey"),
+    "1 bit": (encode(draw(2, mode="1")), "grey"),
+    "grey": (encode(draw(2, mode="L")), "grey"),
+    "grey in colour": (encode(draw(2, mode="L").convert("RGB")), "grey"),
+    "grey and alpha": (encode(draw(2, mode="LA")), "grey"),
+    "blurred": (encode(draw(2).resize((2, 2)).resize((256, 256), Image.Resampling.BICUBIC)), "blurred"),
+    "one colour": (encode(Image.new("RGB", (99, 99), "red")), "blurred"),
+    "tiny": (encode(draw(2, 20)), "no face"),
+    "one pixel high": (encode(draw(2).resize((500, 1))), "no face"),
+    "palette": (encode(draw(2, mode="P")), "faces"),
+    "palette with transparency": (encode(draw(2, mode="P"), transparency=3), "faces"),
+    "RGBA": (encode(draw(2, mode="RGBA")), "faces"),
+    "CMYK": (encode(draw(2, mode="CMYK"), "JPEG"), "faces"),
+    "YCbCr": (encode(draw(2, mode="YCbCr"), "JPEG"), "faces"),
+    "GIF": (encode(draw(2), "GIF", save_all=True, append_images=[draw(5)]), "faces"),
+    "WebP": (encode(draw(2), "WEBP"), "faces"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_every_kind_of_picture(server, tmp_path, name):
+    body, expected = BROKEN[name]
+    server.add(7, body)
+    server.posts.pop()  # a post may not differ from one that is there already
+    server.posts.pop()
+    assert crawl(server, tmp_path) == 0
+    row = rows(tmp_path)["7"]
+    assert (row["reason"] or row["outcome"]) == expected
+    assert rows(tmp_path)["3"]["outcome"] == "faces"
+
+
+def test_corrupted_original_is_found_by_its_md5(server, tmp_path):
+    body = bytearray(JPEG)
+    body[len(body) // 2] ^= 255
+    server.files["/images/7/2.png"] = bytes(body)
+    assert crawl(server, tmp_path) == 0
+    assert rows(tmp_path)["2"]["reason"] == "damaged: another MD5" and len(crops(tmp_path)) == 2
+
+
+def test_a_sample_that_is_gone_gives_way_to_the_original(server, tmp_path):
+    server.posts[0] |= dict(sample="/samples/7/gone.jpg")
+    assert crawl(server, tmp_path, site="yandere") == 0
+    assert server.pictures()[:2] == ["/samples/7/gone.jpg", "/images/7/3.png"] and len(crops(tmp_path)) == 3
+
+
+def test_orientation_is_heeded():
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    image = crawl_anime.decode(encode(draw(1).resize((60, 40)), "JPEG", exif=exif))
+    assert image.size == (40, 60)
+
+
+# ------------------------------------------------------------------------------------------------------ faults of the source
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (challenge(403), "prove that a person"),
+        (challenge(503), "prove that a person"),
+        (status(403, b"no"), "HTTP 403"),
+        (status(422, b'{"success": false, "message": "too many\\u001b[31m tags"}'), "too many [31m tags"),
+        (status(401, b"x"), "HTTP 401"),
+        (status(500), "HTTP 500"),
+        (status(200, b"<html>maintenance"), "JSON"),
+        (status(200, b'[{"id": 1'), "JSON"),
+        (status(200, b"[" * 100_000), "JSON"),
+        (status(200, b'"Search error: too deep"'), "Search error: too deep"),
+        (status(200, b'{"@attributes": {}, "post": []}'), "an object instead of a list"),
+        (status(429, Retry_After="86400"), "24:00:00"),
+        (status(429, Retry_After="9" * 400), "come back"),
+        (status(429, Retry_After="9" * 5000), "come back"),
+        (redirect("https://example.com/"), "foreign host"),
+        (fake_booru.reset, "no answer"),
+        (status(200, b'[{"id": 5}]'), "the same posts again"),
+        (status(200, b'[{"no": 5}]'), "the same posts again"),
+    ],
+)  # fmt: skip
+def test_a_source_that_refuses_ends_the_crawl_with_3(server, tmp_path, capsys, fault, message):
+    server.always["/index.php"] = fault
+    assert crawl(server, tmp_path) == 3
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("crawl_anime.py: error: ") and error.count("\n") == 1
+    assert "\x1b" not in error
+    check_manners(server)
+
+
+def test_a_challenge_for_a_picture_ends_the_crawl(server, tmp_path):
+    server.always["/images/7/2.png"] = challenge(403)
+    assert crawl(server, tmp_path) == 3
+    assert server.pictures() == ["/images/7/3.png", "/images/7/2.png"] and len(crops(tmp_path)) == 1
+
+
+def test_a_server_that_is_down_ends_the_crawl_and_the_next_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(crawl_anime, "TRIES", 2)
+    server = FakeBooru(count=15)
+    server.always |= {path: status(500) for path in server.files if path != "/images/7/15.png"}
+    assert crawl(server, tmp_path) == 3
+    assert len(server.pictures()) == 1 + 2 * crawl_anime.FAILURES
+    server.always.clear()
+    assert crawl(server, tmp_path) == 0 and len(crops(tmp_path)) == 15
+    assert len(server.requests("/images/7/15.png")) == 1
+    server.close()
+
+
+def test_a_source_that_recovers(server, tmp_path):
+    server.faults["/index.php"] = [status(503), fake_booru.short, fake_booru.reset]
+    assert crawl(server, tmp_path) == 0 and len(crops(tmp_path)) == 3
+
+
+def test_no_server(tmp_path, capsys):
+    server = FakeBooru()
+    server.close()
+    assert crawl(server, tmp_path) == 3 and "refuses or fails: no answer" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------- robots.txt
+
+
+@pytest.mark.parametrize(
+    "text, path, expected",
+    [
+        ("", "/a", True),
+        ("User-agent: *\nDisallow:", "/a", True),
+        ("User-agent: *\nDisallow: /", "/a", False),
+        ("user-AGENT : * # all\ndisallow:/a", "/ab?c", False),
+        ("User-agent: *\nDisallow: /\nAllow: /a", "/ab", True),
+        ("User-agent: *\nAllow: /a\nDisallow: /a", "/a", True),
+        ("User-agent: *\nDisallow: /*.json", "/posts.json?tags=", False),
+        ("User-agent: *\nDisallow: /*.json$", "/posts.json?tags=", True),
+        ("User-agent: *\nDisallow: /*.png$", "/x.png.png", False),
+        ("User-agent: *\nDisallow: *a*b", "/xxaxxb", False),
+        ("User-agent: *\nDisallow: /a*a$", "/a", True),
+        ("User-agent: *\nDisallow: /\n\nUser-agent: crawl_anime\nDisallow: /no", "/yes", True),
+        ("User-agent: *\nAllow: /\n\nUser-agent: Crawl_Anime/2.0\nDisallow: /no", "/no", False),
+        ("User-agent: crawl_anime\nUser-agent: other\nDisallow: /no\nUser-agent: x\nDisallow: /", "/yes", True),
+        ("User-agent: crawl_anime\nDisallow: /a\nUser-agent: *\nDisallow: /\nUser-agent: crawl_anime\nDisallow: /b", "/b", False),
+        ("User-agent: crawl_anime\nDisallow:\n\nUser-agent: *\nDisallow: /", "/a", True),
+        ("Disallow: /\nnonsense\n:\n", "/a", True),
+        ("User-agent: *\nCrawl-delay: 3\nSitemap: x\nDisallow: /a", "/a", False),
+        ("User-agent: *\nDisallow: /%7Ea", "/~a", False),
+        ("User-agent: *\nDisallow: /" + "*a" * 3000 + "b", "/" + "a" * 5000, True),
+        ("User-agent: *\rDisallow: /a\r\n", "/a", False),
+    ],
+)  # fmt: skip
+def test_robots_by_rfc_9309(text, path, expected):
+    assert crawl_anime.allowed(crawl_anime.read_robots(text), crawl_anime.urlsplit("https://x" + path)) is expected
+
+
+@pytest.mark.parametrize(
+    "answer, fetched",
+    [
+        (status(200, b"\xef\xbb\xbfUser-agent: *\nDisallow: /images/7/2.png\n"), ["3.png", "1.png"]),
+        (status(200, b"User-agent: *\nDisallow: /\n"), []),
+        (status(200, b"User-agent: *\nDisallow: /index.php\n"), ["3.png", "2.png", "1.png"]),  # an API has its own rules
+        (status(403), ["3.png", "2.png", "1.png"]),
+        (status(500), []),
+        (fake_booru.reset, []),
+        (redirect("https://example.com/robots.txt"), []),
+        (status(200, b"\xff\xfe\x00" * 1000), ["3.png", "2.png", "1.png"]),
+    ],
+)  # fmt: skip
+def test_robots_of_the_site(server, tmp_path, answer, fetched):
+    server.always["/robots.txt"] = answer
+    assert crawl(server, tmp_path) == 0
+    assert [path.rpartition("/")[2] for path in server.pictures()] == fetched
+    assert all(row["reason"] == "robots.txt" for row in rows(tmp_path).values() if not row["crops"])
+    assert len(server.requests("/robots.txt")) in (1, 5)
+
+
+# -------------------------------------------------------------------------------------------------------------------- safety
+
+
+@pytest.mark.parametrize(
+    "address, reason",
+    [
+        ("http://safebooru.org/a.png", "not an https address"),
+        ("https://safebooru.org:8443/a.png", "not an https address"),
+        ("https://safebooru.org.evil.com/a.png", "on a foreign host"),
+        ("https://evilsafebooru.org/a.png", "on a foreign host"),
+        ("https://safebooru.org@evil.com/a.png", "not an https address"),
+        ("https://127.0.0.1/a.png", "on a foreign host"),
+        ("https:///a.png", "on a foreign host"),
+        ("https://[::1", "not an address"),
+        ("https://safebooru.org:99999/", "not an address"),
+        ("javascript:alert(1)", "not an https address"),
+        ("data:image/png;base64,AAAA", "not an https address"),
+    ],
+)  # fmt: skip
+def test_addresses_that_are_refused(address, reason):
+    with pytest.raises(crawl_anime.Unfetched, match=reason):
+        crawl_anime.Fetcher({"safebooru.org"}, None, 1).check(address)
+
+
+def test_own_hosts_and_the_base_url_are_accepted():
+    fetcher = crawl_anime.Fetcher({"safebooru.org"}, "http://localhost:1234", 1)
+    for address in ("https://safebooru.org/a", "https://IMG.safebooru.org:443/a", "http://LOCALHOST:1234/a"):
+        fetcher.check(address)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "169.254.169.254", "127.0.0.1", "::1", "fe80::1%eth0", "::ffff:10.0.0.1", "fd00::1", "0.0.0.0", "224.0.0.1", "100.64.0.1"])  # fmt: skip
+def test_a_name_that_leads_into_a_private_network_is_refused(monkeypatch, address):
+    found = [(0, 0, 0, "", ("93.184.215.14", 443)), (0, 0, 0, "", (address, 443))]
+    monkeypatch.setattr(crawl_anime.socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(crawl_anime.socket, "create_connection", lambda *_: pytest.fail("connected"))
+    with pytest.raises(crawl_anime.Unfetched, match="private network"):
+        crawl_anime.Fetcher({"safebooru.org"}, None, 0).fetch("https://safebooru.org/a.png", "file")
+
+
+# --------------------------------------------------------------------------------------------------------------------- state
+
+
+def test_a_second_crawl_downloads_nothing_and_another_query_adds(server, tmp_path):
+    assert crawl(server, tmp_path) == 0
+    before, table = crops(tmp_path), (tmp_path / "metadata.csv").read_bytes()
+    server.log.clear()
+    assert crawl(server, tmp_path) == 0
+    assert not server.pictures() and crops(tmp_path) == before and (tmp_path / "metadata.csv").read_bytes() == table
+    server.add(9, encode(draw(9)))
+    assert crawl(server, tmp_path, "--tags", "smile") == 0
+    assert server.pictures() == ["/images/7/9.png"] and set(crops(tmp_path)) > set(before)
+
+
+def test_limit_stops_the_crawl_and_a_higher_one_goes_on(server, tmp_path, capsys):
+    assert crawl(server, tmp_path, "--limit", 2) == 0
+    assert len(crops(tmp_path)) == 2 and "reached the limit" in capsys.readouterr().out
+    assert crawl(server, tmp_path, "--limit", 2) == 0 and len(server.pictures()) == 2
+    assert crawl(server, tmp_path, "--limit", 3) == 0 and len(crops(tmp_path)) == 3
+
+
+def test_a_crawl_without_faces_is_bounded(tmp_path, capsys):
+    server = FakeBooru(count=0)
+    for number in range(1, 30):
+        server.add(number, b"", rating="explicit")
+    assert crawl(server, tmp_path, "--limit", 2) == 0
+    assert len(rows(tmp_path)) == 20 and not server.pictures() and "no faces found" in capsys.readouterr().out
+    server.close()
+
+
+def test_near_duplicates_are_dropped(server, tmp_path, capsys):
+    server.add(9, encode(draw(3).resize((200, 200)), "JPEG", quality=60))
+    assert crawl(server, tmp_path) == 0
+    assert rows(tmp_path)["3"]["reason"] == "near-duplicate" and "1 near-duplicate" in capsys.readouterr().out
+    server.add(10, encode(draw(9)))
+    server.add(11, encode(draw(9)))
+    assert crawl(server, tmp_path) == 0  # against the crops of an earlier crawl, too
+    assert len(crops(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("torn", [b"127.0.0.1,2,http", b'127.0.0.1,2,"http://x', b"\xe3\x81", b"x" * 5000])
+def test_a_torn_last_row_is_repaired(server, tmp_path, torn):
+    assert crawl(server, tmp_path) == 0
+    whole, table = (tmp_path / "metadata.csv").read_bytes(), tmp_path / "metadata.csv"
+    last_row = whole.rindex(b"\n", 0, -1) + 1
+    table.write_bytes(whole[:last_row] + torn)
+    assert crawl(server, tmp_path) == 0
+    assert table.read_bytes() == whole and len(crops(tmp_path)) == 3
+    assert Counter(server.pictures()) == {"/images/7/3.png": 1, "/images/7/2.png": 1, "/images/7/1.png": 2}
+
+
+@pytest.mark.parametrize("table", [b"a,b\n1,2\n", b"\0\0\0\n", b"\xff\xfe\n", b"\n"])
+def test_a_foreign_table_is_left_alone(server, tmp_path, capsys, table):
+    (tmp_path / "metadata.csv").write_bytes(table)
+    assert crawl(server, tmp_path) == 2 and "metadata.csv" in capsys.readouterr().err
+    assert (tmp_path / "metadata.csv").read_bytes() == table and not server.log
+
+
+def test_forget(server, tmp_path, capsys):
+    assert crawl(server, tmp_path) == 0
+    assert crawl(server, tmp_path, "--forget", "127.0.0.1-2-0.jpg", "127.0.0.1-3", "127.0.0.1-77") == 0
+    assert list(crops(tmp_path)) == ["127.0.0.1-1-0.jpg"] and "2 crops deleted" in capsys.readouterr().out
+    assert b"127.0.0.1-2" not in (tmp_path / "metadata.csv").read_bytes()
+    server.add(77, encode(draw(77)))
+    server.log.clear()
+    assert crawl(server, tmp_path) == 0
+    assert not server.pictures() and len(crops(tmp_path)) == 1
+
+
+def test_forgetting_one_post_keeps_those_whose_id_begins_alike(tmp_path):
+    server = FakeBooru(count=12)
+    crawl(server, tmp_path)
+    crawl(server, tmp_path, "--forget", "127.0.0.1-1")
+    assert len(crops(tmp_path)) == 11
+    server.close()
+
+
+def test_one_process_a_folder(server, tmp_path, capsys):
+    folder = crawl_anime.Folder(str(tmp_path))
+    assert crawl(server, tmp_path) == 2 and "another crawl" in capsys.readouterr().err
+    folder.lock.close()
+    assert crawl(server, tmp_path) == 0
+
+
+def test_other_files_in_the_folder_stay(server, tmp_path):
+    (tmp_path / "mine.jpg").write_bytes(b"mine")
+    (tmp_path / "127.0.0.1-2-0.jpg").write_bytes(b"a crop whose row was lost")
+    (tmp_path / ".127.0.0.1-2-0.jpg.99.tmp").write_bytes(b"half a crop")
+    assert crawl(server, tmp_path) == 0
+    assert (tmp_path / "mine.jpg").read_bytes() == b"mine" and len(crops(tmp_path)) == 4
+    assert len(crops(tmp_path)["127.0.0.1-2-0.jpg"]) > 1000 and not list(tmp_path.glob("*.tmp"))
+
+
+def start(server, folder) -> subprocess.Popen:
+    command = [sys.executable, crawl_anime.__file__, *options(server, folder)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def kill_and_resume(tmp_path, posts: int, kills: int):
+    """Kill a crawl at random requests, then let it end: the same crops as an unbroken one, nothing fetched in vain."""
+    chance = random.Random(posts)
+    server = FakeBooru(count=posts, page=40)
+    assert crawl(server, tmp_path / "whole") == 0
+    server.log.clear()
+    stops = sorted(chance.sample(range(2, posts), kills))
+    for stop in stops:
+        process = start(server, tmp_path / "killed")
+        while len(set(server.pictures())) < stop and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+    process = start(server, tmp_path / "killed")
+    assert process.wait() == 0, process.stderr.read()
+    assert crops(tmp_path / "killed") == crops(tmp_path / "whole")
+    assert (tmp_path / "killed/metadata.csv").read_bytes() == (tmp_path / "whole/metadata.csv").read_bytes()
+    counts = Counter(server.pictures())
+    assert max(counts.values()) <= 1 + kills and sum(counts.values()) <= posts + kills
+    server.close()
+
+
+def test_killed_and_resumed(tmp_path):
+    kill_and_resume(tmp_path, posts=30, kills=2)
+
+
+@pytest.mark.soak
+def test_killed_twenty_times(tmp_path):
+    kill_and_resume(tmp_path, posts=200, kills=20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(tmp_path, number):
+    server = FakeBooru(count=500)
+    process = start(server, tmp_path)
+    while len(server.pictures()) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(20) == 130
+    assert process.stderr.read() == "crawl_anime.py: interrupted: the same command goes on from here\n"
+    assert len(rows(tmp_path)) >= 2
+    server.close()
+
+
+# -------------------------------------------------------------------------------------------------------- lists and folders
+
+
+def test_a_list_of_addresses(server, tmp_path):
+    (tmp_path / "list.txt").write_text(
+        f"# mine\n\n{server.url}/images/7/1.png\n {server.url}/images/7/2.png \nhttp://example.com/a.png\n"
+        f"{server.url}/images/7/1.png\nnonsense\nfile:///etc/passwd\n{server.url}/gone.png\n\udcff\x1b[31m\n",
+        errors="surrogateescape",
+    )
+    argv = [
+        "--urls",
+        str(tmp_path / "list.txt"),
+        "--base-url",
+        server.url,
+        "--delay",
+        "0.01",
+        "--to",
+        str(tmp_path / "faces"),
+    ]
+    assert run(*argv, "--detector", "none") == 0
+    assert len(crops(tmp_path / "faces")) == 2 and all(name.startswith("url-") for name in crops(tmp_path / "faces"))
+    reasons = Counter(row["reason"] for row in rows(tmp_path / "faces").values())
+    assert reasons == {"": 2, "not an https address": 4, "HTTP 404": 1}
+    assert b"\x1b" not in (tmp_path / "faces/metadata.csv").read_bytes()
+
+
+def test_a_folder_of_pictures(tmp_path, capsys):
+    pictures = tmp_path / "in it"
+    (pictures / "below").mkdir(parents=True)
+    for number in range(3):
+        draw(number).save(pictures / "below" / f"{number}.png")
+    draw(9).save(pictures / "a\nname\x1b.jpg")
+    (pictures / "broken.jpg").write_bytes(b"no picture")
+    (pictures / "notes.txt").write_text("no picture")
+    argv = ["--from-dir", str(pictures), "--to", str(pictures / "faces"), "--detector", "none"]
+    assert run(*argv) == 0
+    assert len(crops(pictures / "faces")) == 4 and len(rows(pictures / "faces")) == 5
+    assert "python dcgan.py --dataset '" in capsys.readouterr().out
+    assert run(*argv) == 0 and len(rows(pictures / "faces")) == 5  # its own crops are not cropped again
+    assert all("\n" not in row["page"] and "\x1b" not in row["page"] for row in rows(pictures / "faces").values())
+
+
+def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    for number in range(20):
+        draw(number).save(tmp_path / "pictures" / f"{number}.png")
+    argv = ["--from-dir", str(tmp_path / "pictures"), "--detector", "none", "--to"]
+    assert run(*argv, str(tmp_path / "many")) == 0
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert run(*argv, str(tmp_path / "one")) == 0
+    assert crops(tmp_path / "one") == crops(tmp_path / "many") and len(crops(tmp_path / "one")) == 20
+    assert Path(tmp_path, "one/metadata.csv").read_bytes() == Path(tmp_path, "many/metadata.csv").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------ crops, options
+
+
+@pytest.mark.parametrize(
+    "size, box, expected",
+    [
+        ((400, 300), (150, 100, 100), (125, 65, 150)),  # 1.5 sides around the middle, a tenth of the face higher
+        ((400, 300), (0, 0, 100), (0, 0, 150)),  # moved in
+        ((400, 300), (300, 200, 100), (250, 150, 150)),
+        ((400, 120), (150, 10, 100), (140, 0, 120)),  # shrunk
+    ],
+)  # fmt: skip
+def test_where_a_face_is_cut_out(monkeypatch, size, box, expected):
+    image, cuts = draw(1).resize(size), []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, *rest, **named: cuts.append(rest) or resize(self, *rest, **named)
+    )
+    crop = crawl_anime.cut(image, box, 1.5)
+    left, top, side = expected
+    assert cuts[0][2] == (left, top, left + side, top + side)
+    assert crop.box == box and Image.open(io.BytesIO(crop.jpeg)).size == (256, 256)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--delay", "0.5"], "--delay"),
+        (["--delay", "0", "--base-url", "http://10.0.0.1"], "--delay"),
+        (["--base-url", "ftp://x"], "--base-url"),
+        (["--base-url", "https://"], "--base-url"),
+        (["--base-url", "http://["], "--base-url"),
+        (["--base-url", "http://x", "--from-dir", "."], "--base-url"),
+        (["--from-dir", "no such folder"], "no such folder"),
+        (["--from-dir", ".", "--urls", "x"], "exclude"),
+        (["--from-dir", ".", "--tags", "x"], "--tags"),
+        (["--tags", "smile order:score"], "order:"),
+        (["--urls", "no such file"], "no such file"),
+        (["--limit", "0"], "--limit"),
+        (["--margin", "nan"], "--margin"),
+        (["--min-face", "3"], "--min-face"),
+        (["--site", "gelbooru"], "--site"),
+        (["--forget", "../x"], "--forget"),
+        (["--forget", "a*-1"], "--forget"),
+        (["--cascade", "no such file"], "no such file"),
+        (["--cascade", __file__], "cascade"),
+        (["--to", __file__], "test_crawl.py"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_line_and_status_2(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert run(*argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("crawl_anime.py: error: ") and error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.jpg"))
+
+
+def test_the_detector_that_can_not_be_had(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(crawl_anime.socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(crawl_anime, "TRIES", 1)
+    (tmp_path / "pictures").mkdir()
+    assert run("--from-dir", "pictures") == 3 and "--detector none" in capsys.readouterr().err
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data/lbpcascade_animeface.xml").write_text("half of it")
+    assert run("--from-dir", "pictures") == 2 and "not the author's" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(server, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert crawl(server, tmp_path) == 2 and "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert crawl(server, tmp_path) == 0 and len(crops(tmp_path)) == 3

@@ -1,0 +1,161 @@
+"""gan.py: networks, losses, which step moves what, training, sampling, resuming."""
+
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+from PIL import Image
+from torch.distributions import Bernoulli
+
+import common
+import gan
+from tests.conftest import assert_same_run
+
+CPU = common.Compute(torch.device("cpu"), "fp32")
+
+
+@pytest.mark.parametrize(
+    ("preset", "generator", "discriminator"),
+    [
+        ("guo", 64 * 256 + 256 + 256 * 256 + 256 + 256 * 784 + 784, 784 * 256 + 256 + 256 * 256 + 256 + 256 + 1),
+        ("banerjee", 101 * 128 + 129 * 256 + 257 * 512 + 513 * 784, 785 * 512 + 513 * 256 + 257 * 128 + 129),
+    ],
+)
+def test_networks_are_the_reports(preset, generator, discriminator):
+    networks = gan.build(Namespace(**gan.PRESETS[preset]))
+    count = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    assert count == {"generator": generator, "discriminator": discriminator}
+    images = networks["generator"](torch.randn(5, gan.PRESETS[preset]["latent_size"]))
+    assert images.shape == (5, 1, 28, 28) and images.abs().max() <= 1
+    assert networks["discriminator"](images).shape == (5,)
+
+
+def test_dropout_follows_each_hidden_layer_of_banerjee():
+    layers = [type(layer).__name__ for layer in gan.build(Namespace(**gan.PRESETS["banerjee"]))["discriminator"]]
+    assert layers == ["Flatten", *["Linear", "LeakyReLU", "Dropout"] * 3, "Linear", "Flatten"]
+
+
+def test_losses_are_the_cross_entropies_of_the_paper():
+    real, fake = torch.tensor([0.3, -1.2, 4.0]), torch.tensor([-0.5, 2.0, 0.1])
+    expected = -Bernoulli(logits=real).log_prob(torch.ones(3)) - Bernoulli(logits=fake).log_prob(torch.zeros(3))
+    torch.testing.assert_close(gan.discriminator_loss(real, fake), expected.mean())
+    torch.testing.assert_close(gan.generator_loss(fake), -Bernoulli(logits=fake).log_prob(torch.ones(3)).mean())
+    torch.testing.assert_close(gan.discriminator_loss(torch.zeros(2), torch.zeros(2)), torch.tensor(2 * math.log(2)))
+    assert gan.generator_loss(torch.tensor([-1000.0])) == 1000  # no overflow, and a gradient where D is sure
+
+
+def trained_pair(**changes):
+    args = Namespace(**gan.PRESETS["guo"] | changes)
+    networks = gan.build(args)
+    return args, networks, gan.make_optimizers(args, networks)
+
+
+@pytest.mark.parametrize("player", ["generator", "discriminator"])
+def test_each_loss_moves_its_own_player_alone(player):
+    args, networks, optimizers = trained_pair()
+    before = {name: [p.clone() for p in network.parameters()] for name, network in networks.items()}
+    logits = networks["discriminator"](networks["generator"](torch.randn(8, args.latent_size)))
+    common.descend(gan.generator_loss(logits), optimizers[player])
+    for name, network in networks.items():
+        moved = [not torch.equal(old, new) for old, new in zip(before[name], network.parameters())]
+        assert all(moved) if name == player else not any(moved)
+        assert name == player or all(p.grad is None for p in network.parameters())
+
+
+def test_step_equals_the_textbook_step():
+    """The step's shortcuts (one joint pass through D, gradients of one player only) change nothing."""
+    args, networks, optimizers = trained_pair()
+    generator, discriminator = gan.build(args).values()
+    generator.load_state_dict(networks["generator"].state_dict())
+    discriminator.load_state_dict(networks["discriminator"].state_dict())
+    images = torch.randint(0, 256, (6, 1, 28, 28), dtype=torch.uint8)
+
+    common.seed_everything(3)
+    losses = gan.make_step(args, CPU, networks, optimizers)(images)
+
+    common.seed_everything(3)
+    fake = generator(torch.randn(6, args.latent_size))
+    criterion = torch.nn.BCEWithLogitsLoss()
+    for network, loss_of in (
+        (
+            discriminator,
+            lambda: (
+                criterion(discriminator(images / 127.5 - 1), torch.ones(6))
+                + criterion(discriminator(fake.detach()), torch.zeros(6))
+            ),
+        ),
+        (generator, lambda: criterion(discriminator(fake), torch.ones(6))),
+    ):
+        optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
+        loss = loss_of()
+        network.zero_grad()
+        loss.backward()
+        optimizer.step()
+        name = "discriminator" if network is discriminator else "generator"
+        torch.testing.assert_close(losses[f"{name} loss [nats]"], loss)
+        for ours, theirs in zip(networks[name].parameters(), network.parameters()):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def train(out_dir, *options):
+    gan.main(["--dataset", "digits", "--out-dir", str(out_dir), *map(str, options)])
+
+
+def test_stopped_and_resumed_is_the_unbroken_run(tmp_path):
+    train(tmp_path / "unbroken", "--epochs", 6, "--batch-size", 500)
+    train(tmp_path / "stopped", "--epochs", 3, "--batch-size", 500)
+    train(tmp_path / "stopped", "--epochs", 6, "--resume")
+    assert (tmp_path / "stopped/progress.gif").exists()
+    (tmp_path / "stopped/progress.png").unlink()  # made at the third epoch too
+    train(tmp_path / "stopped", "--resume")  # nothing left to train: the last pictures are made again
+    assert_same_run(tmp_path / "unbroken", tmp_path / "stopped")
+    log = (tmp_path / "unbroken/log.csv").read_text().splitlines()
+    assert log[0] == "epoch,discriminator loss [nats],generator loss [nats],seconds,images per second"
+    assert len(log) == 7
+
+
+def test_seeds_differ_and_a_new_run_spares_the_old(tmp_path, capsys):
+    for seed in (0, 1):
+        train(tmp_path / "run", "--epochs", 1, "--batch-size", 1000, "--seed", seed)
+    assert "is now" in capsys.readouterr().out
+    first, second = common.load_checkpoint(tmp_path / "run-1"), common.load_checkpoint(tmp_path / "run")
+    assert (first["options"]["seed"], second["options"]["seed"]) == (0, 1)
+    name = "0.weight"
+    assert not torch.equal(first["networks"]["generator"][name], second["networks"]["generator"][name])
+
+
+def test_sampling(tmp_path):
+    run = ["--out-dir", str(tmp_path / "run")]
+    train(tmp_path / "run", "--epochs", 1, "--batch-size", 1000)
+    gan.main([*run, "--sample", "10"])
+    assert Image.open(tmp_path / "run/sample.png").size == (4 * 30 + 2, 3 * 30 + 2)
+    for name in ("a", "b"):
+        gan.main([*run, "--sample", "1003", "--to", str(tmp_path / name), "--seed", "7"])
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == [f"{i:05}.png" for i in range(1003)]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files[::50])
+    picture = Image.open(tmp_path / "a/00000.png")
+    assert picture.size == (28, 28) and picture.mode == "L"
+    gan.main([*run, "--sample", "5", "--to", str(tmp_path / "c"), "--seed", "8"])
+    assert (tmp_path / "c/00000.png").read_bytes() != (tmp_path / "a/00000.png").read_bytes()
+
+
+def test_sampler_gives_pictures_in_range_and_repeats_itself(tmp_path):
+    train(tmp_path / "run", "--epochs", 1, "--batch-size", 1000, "--preset", "banerjee")
+    sampler = gan.load_sampler(common.load_checkpoint(tmp_path / "run", "gan"), torch.device("cpu"))
+    latents = torch.randn(4, sampler.latent_size)
+    images = sampler.generate(latents)
+    assert images.shape == (4, 1, 28, 28) and 0 <= images.min() <= images.max() <= 1
+    torch.testing.assert_close(sampler.generate(latents[:1]), images[:1])
+    assert sampler.parameters == sum(
+        p.numel() for n in gan.build(Namespace(**gan.PRESETS["banerjee"])).values() for p in n.parameters()
+    )
+
+
+def test_learns_the_brightness_of_real_digits(real_data, tmp_path):
+    """Two epochs on MNIST bring the generator's mean grey near that of the real images: it starts far away."""
+    gan.main(["--data-dir", str(real_data), "--out-dir", str(tmp_path / "run"), "--epochs", "2"])
+    sampler = gan.load_sampler(common.load_checkpoint(tmp_path / "run"), torch.device("cpu"))
+    mean = sampler.generate(torch.randn(500, sampler.latent_size)).mean()
+    assert 0.03 < mean < 0.3  # MNIST's mean is 0.1307; an untrained generator's is 0.5
