@@ -6,9 +6,9 @@
     python dcgan.py --preset banerjee               # the second report's network
     python dcgan.py --sample 64 --to grid.png       # draw from the trained run
 
-Strided convolutions shrink an image to one logit, transposed ones grow a latent to an image, and batch norm in both keeps
-the game balanced: no pooling, no fully connected layer (Radford et al. 2015, arXiv 1511.06434). The network of 28x28
-images follows these rules, which the first report states; the one of the second report has a linear layer at each end and
+Strided convolutions shrink an image to one logit, transposed ones grow a latent to an image, and batch norm in both
+keeps the game balanced: no pooling, no fully connected layer (Radford et al. 2015, arXiv 1511.06434). The network for
+28x28 images follows these rules, which the first report states; the second report's has a linear layer at each end and
 no batch norm. What the reports leave open: Gaussian latents, Adam's beta1 of 0.5 (Radford et al., section 4), and one
 batch of generated images a step that serves both players.
 """
@@ -41,7 +41,7 @@ PRESETS = {
 
 
 def widths(image_size: int, features: int) -> tuple[int, list[int]]:
-    """The side of the smallest feature maps, and the channels from the largest maps to the smallest, twice as many each time."""
+    """The side of the smallest feature maps, and the channels of all maps from the largest to the smallest."""
     smallest = 7 if image_size == 28 else 4
     halvings = (image_size // smallest).bit_length() - 1
     return smallest, [features << i for i in range(halvings)]
@@ -144,7 +144,7 @@ def build(args: Namespace) -> dict[str, nn.Module]:
 
 
 def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """-log D(x) - log(1 - D(G(z))), mean over the batch, in nats: 2 log 2 = 1.386 when it can't tell (Goodfellow et al., eq. 1)."""
+    """-log D(x) - log(1 - D(G(z))), batch mean in nats (Goodfellow et al., eq. 1): 2 log 2 when it can't tell."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
@@ -162,8 +162,8 @@ def flip(images: torch.Tensor) -> torch.Tensor:
 def diff_augment(images: torch.Tensor) -> torch.Tensor:
     """Random colour, translation and cutout of images (N, C, H, W) in [-1, 1], through which gradients flow.
 
-    The discriminator sees real and generated images through it alike, so that it can't learn a small data set by heart and
-    the generator does not learn to draw the distortions (Zhao et al. 2020, arXiv 2006.10738).
+    The discriminator sees real and generated images through it alike: it can't learn a small data set by heart, and the
+    generator does not learn to draw the distortions (Zhao et al. 2020, arXiv 2006.10738).
     """
     count, _, size, _ = images.shape
     brightness, saturation, contrast = torch.rand(3, count, 1, 1, 1, device=images.device)
@@ -171,22 +171,20 @@ def diff_augment(images: torch.Tensor) -> torch.Tensor:
     images = images.mean(1, keepdim=True).lerp(images, 2 * saturation)
     images = images.mean((1, 2, 3), keepdim=True).lerp(images, contrast + 0.5)
 
-    places = torch.arange(size, device=images.device)
-    reach = size // 8
+    places, reach = torch.arange(size, device=images.device), size // 8
     down, across = torch.randint(-reach, reach + 1, (2, count, 1, 1), device=images.device)
-    # Row i of the shifted image is row i - down: products with 0-1 matrices (N, H, H) leave zeros where nothing moves in.
-    rows, columns = (places[:, None] - places == shift for shift in (down, across))
-    images = rows[:, None].to(images.dtype) @ images @ columns[:, None].transpose(2, 3).to(images.dtype)
+    # Row i of the result is row i - down: products with 0-1 matrices (N, 1, H, H) leave zeros where nothing moves in.
+    rows, columns = ((places[:, None] - places == shift)[:, None].to(images.dtype) for shift in (down, across))
+    images = rows @ images @ columns.transpose(2, 3)
 
-    top, left = torch.randint(-(size // 4), size - size // 4, (2, count, 1), device=images.device)
-    hidden_rows, hidden_columns = ((places >= start) & (places < start + size // 2) for start in (top, left))  # (N, size)
-    return images.masked_fill((hidden_rows[:, :, None] & hidden_columns[:, None])[:, None], 0)
+    starts = torch.randint(-(size // 4), size - size // 4, (2, count, 1), device=images.device)
+    rows, columns = (places >= starts) & (places < starts + size // 2)  # each (N, size)
+    return images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0)
 
 
 def make_optimizers(args: Namespace, networks: dict[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
-    return {
-        name: common.adam(networks[name].parameters(), args.lr, args.beta1) for name in ("generator", "discriminator")
-    }
+    players = ("generator", "discriminator")
+    return {name: common.adam(networks[name].parameters(), args.lr, args.beta1) for name in players}
 
 
 def make_step(args: Namespace, compute: common.Compute, networks: dict, optimizers: dict):
@@ -261,12 +259,10 @@ def sample(args: Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = common.make_parser("dcgan", __doc__, PRESETS, (*common.LABELLED, "anime", "folder"))
     group = parser.add_argument_group("DCGAN")
-    group.add_argument(
-        "--image-size", type=int, choices=[32, 64, 128], help="side of a folder's images in pixels (64)"
-    )
+    group.add_argument("--image-size", type=int, choices=[32, 64, 128], help="side of a folder's images in pixels (64)")
     group.add_argument(
         "--augment", choices=["none", "flip", "full"],
-        help="mirrored images (flip, the default for folders); full adds random colour, place and cutout, of real and generated alike",
+        help="flip mirrors half of the images (for folders); full also varies colour, place and cutout (none for digits)",
     )  # fmt: skip
     group.add_argument(
         "--ema", type=common.number(float, 0, 0.99999), metavar="DECAY",

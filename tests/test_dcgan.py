@@ -1,0 +1,366 @@
+"""dcgan.py: networks, initial weights, augmentation, the average, batch norm when sampling, training, resuming."""
+
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import common
+import dcgan
+from tests.conftest import assert_same_run
+
+CPU = common.Compute(torch.device("cpu"), "fp32")
+
+
+def options(dataset: str = "digits", preset: str = "guo", **changes) -> Namespace:
+    numbers = dict(dcgan.PRESETS[preset])
+    folder = numbers.pop("folder", {})
+    return Namespace(preset=preset, dataset=dataset, **numbers | ({} if dataset == "digits" else folder) | changes)
+
+
+def trained(steps: int = 0, batch: int = 4, compute: common.Compute = CPU, **changes):
+    """Options, networks and optimizers after some steps on noise."""
+    torch.manual_seed(0)
+    args = options(**changes)
+    networks = dcgan.build(args)
+    optimizers = dcgan.make_optimizers(args, networks)
+    step = dcgan.make_step(args, compute, networks, optimizers)
+    for _ in range(steps):
+        losses = step(noise(batch, args))
+        assert all(loss.isfinite() for loss in losses.values())
+    return args, networks, optimizers, step
+
+
+def noise(count: int, args: Namespace) -> torch.Tensor:
+    channels = 1 if args.dataset == "digits" else 3
+    return torch.randint(0, 256, (count, channels, args.image_size, args.image_size), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("dataset", "size"), [("digits", 28), ("faces", 32), ("faces", 64), ("faces", 128)])
+def test_networks_have_a_layer_for_each_doubling_and_the_shapes_of_their_images(dataset, size):
+    args = options(dataset, image_size=size, features=8)
+    networks = dcgan.build(args)
+    images = networks["generator"](torch.randn(2, 100))
+    assert images.shape == (2, 3 if dataset == "faces" else 1, size, size) and images.abs().max() <= 1
+    assert networks["discriminator"](images).shape == (2,)
+    for network, kind in (("generator", nn.ConvTranspose2d), ("discriminator", nn.Conv2d)):
+        layers = [layer for layer in networks[network] if isinstance(layer, kind)]
+        assert len(layers) == {28: 3, 32: 4, 64: 5, 128: 6}[size]
+        channels = [layer.out_channels for layer in layers][:-1]
+        widths = [8 * 2**i for i in range(len(layers) - 1)]
+        assert channels == (widths if network == "discriminator" else widths[::-1])
+
+
+def test_the_network_for_digits_follows_the_reports_rules():
+    networks = dcgan.build(options())
+    kinds = {name: [type(layer).__name__ for layer in network] for name, network in networks.items()}
+    block = ["ConvTranspose2d", "BatchNorm2d", "ReLU"]
+    assert kinds["generator"] == ["Unflatten", *block, *block, "ConvTranspose2d", "Tanh"]
+    assert kinds["discriminator"] == [
+        *("Conv2d", "LeakyReLU", "Conv2d", "BatchNorm2d", "LeakyReLU", "Conv2d", "Flatten")
+    ]
+
+
+def parameters_of(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "preset", "generator", "discriminator"),
+    [
+        # 100-64 7x7, 64-32 4x4, 32-1 4x4, each batch norm two numbers a channel; biases where no batch norm follows
+        (
+            "digits",
+            "guo",
+            100 * 64 * 49 + 2 * 64 + 64 * 32 * 16 + 2 * 32 + 32 * 16 + 1,
+            (16 * 32 + 32) + (32 * 64 * 16 + 2 * 64) + (64 * 49 + 1),
+        ),
+        # PyTorch's own DCGAN example has 3,576,704 and 2,765,568: it leaves out the biases next to image and logit
+        ("faces", "guo", 3_576_704 + 3, 2_765_568 + 64 + 1),
+        (
+            "digits",
+            "banerjee",
+            101 * 12544 + (256 * 128 * 9 + 128) + (128 * 64 * 9 + 64) + (64 * 32 * 9 + 32) + (32 * 9 + 1),
+            (9 * 32 + 32) + (32 * 64 * 9 + 64) + (64 * 128 * 9 + 128) + (128 * 256 * 9 + 256) + 12544 + 1,
+        ),
+    ],
+)
+def test_parameter_counts(dataset, preset, generator, discriminator):
+    networks = dcgan.build(options(dataset, preset))
+    assert parameters_of(networks["generator"]) == generator
+    assert parameters_of(networks["discriminator"]) == discriminator
+
+
+def test_banerjees_networks_have_dropout_of_channels_and_no_batch_norm():
+    networks = dcgan.build(options(preset="banerjee"))
+    kinds = [type(layer).__name__ for layer in networks["discriminator"]]
+    assert kinds == ["Conv2d", "LeakyReLU", "Dropout2d"] * 4 + ["Flatten", "Linear", "Flatten"]
+    assert [layer.stride[0] for layer in networks["discriminator"] if isinstance(layer, nn.Conv2d)] == [2, 1, 1, 2]
+    transposed = [layer for layer in networks["generator"] if isinstance(layer, nn.ConvTranspose2d)]
+    assert [layer.stride[0] for layer in transposed] == [2, 1, 1, 2]
+    images = networks["generator"](torch.randn(2, 100))
+    assert images.shape == (2, 1, 28, 28) and networks["discriminator"](images).shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["generator", "discriminator"])
+def test_initial_weights_are_gaussians_of_deviation_0_02(name):
+    torch.manual_seed(0)
+    network = dcgan.build(options("faces"))[name]
+    for layer in network:
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            error = 5 / math.sqrt(layer.weight.numel())
+            assert abs(layer.weight.mean()) < 0.02 * error and abs(layer.weight.std() / 0.02 - 1) < error
+        elif isinstance(layer, nn.BatchNorm2d):
+            error = 5 / math.sqrt(layer.weight.numel())
+            assert abs(layer.weight.mean() - 1) < 0.02 * error and abs(layer.weight.std() / 0.02 - 1) < error
+            assert layer.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("player", ["generator", "discriminator"])
+def test_each_loss_moves_its_own_player_alone(player):
+    _, networks, optimizers, _ = trained()
+    before = {name: [p.clone() for p in network.parameters()] for name, network in networks.items()}
+    logits = networks["discriminator"](networks["generator"](torch.randn(4, 100)))
+    common.descend(dcgan.generator_loss(logits), optimizers[player])
+    for name, network in networks.items():
+        same = [torch.equal(a, b) for a, b in zip(before[name], network.parameters())]
+        assert not all(same) if name == player else all(same)
+        assert name == player or all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("augment", ["none", "flip", "full"])
+def test_steps_of_every_kind_stay_finite_and_move_all_weights(augment, precision):
+    compute = common.Compute(torch.device("cpu"), precision)
+    args, networks, _, step = trained(augment=augment, ema=0.9, compute=compute)
+    before = {name: {k: v.clone() for k, v in network.state_dict().items()} for name, network in networks.items()}
+    for _ in range(3):
+        step(noise(4, args))
+    for name, network in networks.items():
+        for key, value in network.state_dict().items():
+            assert value.isfinite().all() and value.dtype in (torch.float32, torch.int64)
+            assert not torch.equal(value, before[name][key]), f"{name} {key}"
+
+
+def test_bfloat16_agrees_with_float32_to_its_rounding():
+    found = []
+    for precision in ("fp32", "bf16"):
+        args, _, _, step = trained(compute=common.Compute(torch.device("cpu"), precision), batch=32)
+        torch.manual_seed(1)
+        found.append(torch.stack(list(step(noise(32, args)).values())))
+    torch.testing.assert_close(found[0], found[1], atol=0.02, rtol=0.02)
+
+
+def test_the_discriminator_sees_real_and_generated_images_in_batches_of_their_own():
+    args, networks, _, step = trained()
+    seen = []
+    networks["discriminator"].register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].detach()))
+    images = noise(4, args)
+    step(images)
+    assert len(seen) == 3 and torch.equal(seen[0], common.to_symmetric(images))
+    assert torch.equal(seen[1], seen[2])  # one generator pass serves both players
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+
+
+def test_flips_mirror_half_of_the_images():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (400, 1, 4, 4), dtype=torch.uint8)
+    flipped = dcgan.flip(images)
+    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
+    kept = (flipped == images).flatten(1).all(1)
+    assert (mirrored ^ kept).all() and 150 < mirrored.sum() < 250
+
+
+def test_augmentation_is_the_same_for_real_and_generated_images():
+    args, networks, _, step = trained(augment="full", batch=8)
+    augmented = []
+    networks["discriminator"].register_forward_hook(lambda _, inputs, output: augmented.append(inputs[0].detach()))
+    step(torch.full((8, 1, 28, 28), 255, dtype=torch.uint8))
+    assert len(augmented) == 3
+    for images in augmented:  # each has its square of zeros, of a quarter of the image where it lies wholly within
+        assert ((images == 0).flatten(1).sum(1) >= 14 * 14 // 4).all()
+    torch.manual_seed(5)
+    one = dcgan.diff_augment(images)
+    torch.manual_seed(5)
+    assert torch.equal(one, dcgan.diff_augment(images))  # nothing but the random numbers decides
+
+
+def test_augmentation_passes_gradients_where_the_image_is_still_seen():
+    torch.manual_seed(0)
+    images = torch.rand(16, 3, 32, 32).requires_grad_()
+    augmented = dcgan.diff_augment(images)
+    assert augmented.shape == images.shape
+    (gradient,) = torch.autograd.grad(augmented.sum(), images)
+    # The means reach every pixel alike; those still seen have the contrast factor more, summed over channels.
+    gradient = gradient.sum(1).flatten(1)
+    contrast = (gradient.amax(1) - gradient.amin(1)) / 3
+    assert gradient.isfinite().all() and (contrast > 0.49).all() and (contrast < 1.51).all()
+    seen = (gradient > (gradient.amax(1) + gradient.amin(1))[:, None] / 2).float().mean(1)
+    assert (seen > 0.4).all() and (seen < 1).all()  # up to a quarter is cut out, and up to a quarter moved out of sight
+
+
+def test_each_augmentation_does_what_the_paper_says(monkeypatch):
+    images = torch.rand(1, 3, 16, 16) - 0.5
+
+    def with_numbers(brightness, saturation, contrast, down, across, top, left):
+        answers = iter([torch.tensor([[down], [across]]).view(2, 1, 1, 1), torch.tensor([[top], [left]]).view(2, 1, 1)])
+        colour = torch.tensor([brightness, saturation, contrast]).view(3, 1, 1, 1, 1)
+        monkeypatch.setattr(torch, "rand", lambda *_, **__: colour)
+        monkeypatch.setattr(torch, "randint", lambda *_, **__: next(answers))
+        return dcgan.diff_augment(images)
+
+    away = dict(top=99, left=99)
+    still = dict(brightness=0.5, saturation=0.5, contrast=0.5, down=0, across=0)
+    torch.testing.assert_close(with_numbers(**still, **away), images)
+    torch.testing.assert_close(with_numbers(**still | dict(brightness=0.7), **away), images + 0.2)
+    grey = images.mean(1, keepdim=True).expand_as(images)
+    torch.testing.assert_close(with_numbers(**still | dict(saturation=0.0), **away), grey)
+    flat = images.mean() + 0.5 * (images - images.mean())
+    torch.testing.assert_close(with_numbers(**still | dict(contrast=0.0), **away), flat)
+    moved = torch.zeros_like(images)
+    moved[:, :, 2:, :-1] = images[:, :, :-2, 1:]
+    torch.testing.assert_close(with_numbers(**still | dict(down=2, across=-1), **away), moved)
+    cut = images.clone()
+    cut[:, :, 3:11, :5] = 0
+    torch.testing.assert_close(with_numbers(**still, top=3, left=-3), cut)
+
+
+# ------------------------------------------------------------------------------------ sampling and averaging
+
+
+@pytest.mark.parametrize("changes", [{}, dict(ema=0.9), dict(preset="banerjee")])
+def test_a_sample_does_not_depend_on_its_batch_mates(changes):
+    _, networks, _, _ = trained(steps=2, **changes)
+    latents = torch.randn(16, 100)
+    together = dcgan.generate(networks, latents)
+    alone = torch.cat([dcgan.generate(networks, latent[None]) for latent in latents])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert together.shape == (16, 1, 28, 28) and together.min() >= 0 and together.max() <= 1
+
+
+def test_drawing_pictures_leaves_the_batch_statistics_alone():
+    _, networks, _, _ = trained(steps=2)
+    before = {key: value.clone() for key, value in networks["generator"].state_dict().items()}
+    dcgan.generate(networks, torch.randn(8, 100))
+    assert all(torch.equal(value, before[key]) for key, value in networks["generator"].state_dict().items())
+
+
+def test_batch_statistics_are_those_of_the_generators_own_batches():
+    """After many steps at a rate near 0 the running mean and variance are those of a large batch, also in bfloat16."""
+    compute = common.Compute(torch.device("cpu"), "bf16")
+    args, networks, _, step = trained(compute=compute, lr=1e-12)
+    for _ in range(60):
+        step(noise(32, args))
+    layers = networks["generator"]
+    inputs = layers[1](layers[0](torch.randn(500, 100)))  # what the first batch norm sees
+    torch.testing.assert_close(layers[2].running_mean, inputs.mean((0, 2, 3)), atol=0.02, rtol=0)
+    torch.testing.assert_close(layers[2].running_var, inputs.var((0, 2, 3)), rtol=0.2, atol=0)
+
+
+def test_the_average_follows_weights_and_batch_statistics():
+    torch.manual_seed(0)
+    generator = dcgan.build(options(features=8))["generator"]
+    average = dcgan.Average(generator)
+    decay, expected, weight = 0.8, {}, None
+    for update in range(60):
+        with torch.no_grad():
+            for value in generator.state_dict().values():
+                value += torch.randn_like(value) if value.is_floating_point() else 1
+        average.update(generator, decay)
+        weight = max(1 - decay, 10 / (10 + update))
+        for key, value in generator.state_dict().items():
+            new = value.clone()
+            expected[key] = torch.lerp(expected.get(key, new), new, weight) if new.is_floating_point() else new
+    assert weight == 1 - decay
+    names = set(expected)
+    assert {"2.running_mean", "2.running_var", "2.num_batches_tracked", "1.weight"} <= names
+    for key, value in average.generator.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
+    assert all(p.data_ptr() != q.data_ptr() for p, q in zip(average.parameters(), generator.parameters()))
+
+
+def test_pictures_come_from_the_average_where_there_is_one():
+    _, networks, _, _ = trained(steps=3, ema=0.9)
+    latents = torch.randn(4, 100)
+    drawn = dcgan.generate(networks, latents)
+    assert torch.equal(drawn, common.symmetric_to_unit(networks["average"].eval()(latents)).detach())
+    assert not torch.allclose(drawn, dcgan.generate(dict(generator=networks["generator"]), latents))
+
+
+# --------------------------------------------------------------------------------------------- the whole run
+
+
+def faces(folder, count: int = 10):
+    folder.mkdir()
+    for i in range(count):
+        Image.effect_noise((20 + i, 30), 60).convert("RGB").save(folder / f"{i}.jpg")
+    return folder
+
+
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path, monkeypatch):
+    folder = faces(tmp_path / "faces")
+    monkeypatch.setitem(dcgan.PRESETS["guo"]["folder"], "features", 8)
+    shared = ["--dataset", str(folder), "--image-size", "32", "--batch-size", "4", "--seed", "3"]
+    shared += ["--augment", "full", "--ema", "0.9", "--device", "cpu"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    dcgan.main([*shared, "--epochs", "4", "--out-dir", str(whole)])
+    dcgan.main([*shared, "--epochs", "2", "--out-dir", str(broken)])
+    dcgan.main(["--resume", "--epochs", "4", "--out-dir", str(broken)])
+    for unfinished in ("progress.png", "progress.gif"):
+        assert (broken / unfinished).exists()
+    assert_same_run(whole, broken)
+
+    checkpoint = common.load_checkpoint(whole, "dcgan")
+    assert set(checkpoint["networks"]) == {"generator", "discriminator", "average"}
+    sampler = dcgan.load_sampler(checkpoint, torch.device("cpu"))
+    images = sampler.generate(torch.randn(5, sampler.latent_size), None)
+    assert images.shape == (5, 3, 32, 32) and images.dtype == torch.float32 and not images.requires_grad
+    networks = dcgan.build(Namespace(**checkpoint["options"]))
+    assert sampler.parameters == parameters_of(networks["generator"]) + parameters_of(networks["discriminator"])
+    dcgan.main(["--out-dir", str(whole), "--sample", "7", "--to", str(tmp_path / "drawn"), "--device", "cpu"])
+    drawn = sorted((tmp_path / "drawn").iterdir())
+    assert len(drawn) == 7 and Image.open(drawn[0]).size == (32, 32) and Image.open(drawn[0]).mode == "RGB"
+
+
+def test_the_presets_are_the_reports():
+    digits = dcgan.parse_args([])
+    assert (digits.epochs, digits.batch_size, digits.lr, digits.beta1) == (100, 128, 3e-4, 0.5)
+    assert (digits.latent_size, digits.image_size, digits.augment, digits.ema) == (100, 28, "none", 0)
+    anime = dcgan.parse_args(["--dataset", "anime"])
+    assert (anime.epochs, anime.batch_size, anime.lr, anime.beta1) == (50, 128, 2e-4, 0.5)
+    assert (anime.latent_size, anime.features, anime.image_size, anime.seed) == (100, 64, 64, 999)
+    assert (anime.augment, anime.ema) == ("flip", 0)
+    banerjee = dcgan.parse_args(["--preset", "banerjee"])
+    assert (banerjee.epochs, banerjee.batch_size, banerjee.lr) == (100, 128, 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--image-size", "64"], "--image-size is for folders of images: mnist is 28x28"),
+        (["--preset", "banerjee", "--dataset", "anime"], "--preset banerjee is a network for 28x28 images"),
+        (["--dataset", "anime", "--image-size", "48"], "--image-size: invalid choice: 48"),
+        (["--ema", "1"], "--ema: must be a number"),
+        (["--ema", "nan"], "--ema: must be a number"),
+        (["--augment", "rotate"], "--augment: invalid choice"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        dcgan.parse_args(argv)
+    assert error.value.code == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.startswith("dcgan.py: error:") and shown.count("\n") == 1
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        dcgan.main(["--dataset", str(tmp_path / "faces of nobody"), "--out-dir", str(tmp_path / "run")])
+    shown = capsys.readouterr().err
+    assert error.value.code == 2 and "faces of nobody" in shown and shown.count("\n") == 1
+    assert not (tmp_path / "run").exists()
