@@ -43,7 +43,9 @@ WEIGHTS = {
     "paper": dict(kl=3.0, mean=1e-3, class_mean=1e-3, adversarial=0.0, label=0.0),
     "ours": dict(kl=0.3, mean=1.0, class_mean=1.0, adversarial=10.0, label=3.0),
 }
-DECAY = 0.9  # of the moving averages in L_GC: a batch holds about 13 images of a class, the averages about 130
+DECAY = (
+    0.9  # of the moving averages in L_GC: a batch holds about 13 images of a class, the averages about 130
+)
 
 
 class Encoder(nn.Module):
@@ -215,7 +217,8 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
         )
         loss_gd = mean_loss(real_features.mean(0), prior_features.mean(0))
         loss_gc = mean_loss(
-            class_means("real", real_class_features, classes), class_means("prior", prior_class_features, classes)
+            class_means("real", real_class_features, classes),
+            class_means("prior", prior_class_features, classes),
         )
         loss_adversarial = adversarial_loss(prior_logits)
         loss_label = classifier_loss(prior_class_logits, labels)
@@ -283,7 +286,9 @@ def encode(encoder: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 def draw_classes(networks: dict[str, nn.Module], args: Namespace, columns: int) -> Tensor:
     """A row a class and a column a latent, the same for the whole run: (10 * columns, 1, 28, 28) in [0, 1]."""
     device = next(networks["generator"].parameters()).device
-    latents = torch.randn(columns, args.latent_size, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    latents = torch.randn(columns, args.latent_size, generator=torch.Generator().manual_seed(args.seed)).to(
+        device
+    )
     classes = torch.eye(CLASSES, device=device).repeat_interleave(columns, dim=0)
     return generate(networks["generator"], latents.repeat(CLASSES, 1), classes)
 
@@ -293,8 +298,12 @@ def draw_morphs(networks: dict[str, nn.Module], images: Tensor, steps: int) -> T
     eye = torch.eye(CLASSES, device=images.device)
     latents = encode(networks["encoder"], images, eye)
     way = torch.linspace(0, 1, steps, device=images.device)[:, None]  # (steps, 1)
-    latents, classes = (torch.lerp(start[:, None], start.roll(-1, 0)[:, None], way) for start in (latents, eye))
-    return generate(networks["generator"], latents.flatten(0, 1), classes.flatten(0, 1)).view(CLASSES, steps, 1, 28, 28)
+    latents, classes = (
+        torch.lerp(start[:, None], start.roll(-1, 0)[:, None], way) for start in (latents, eye)
+    )
+    return generate(networks["generator"], latents.flatten(0, 1), classes.flatten(0, 1)).view(
+        CLASSES, steps, 1, 28, 28
+    )
 
 
 def draw_styles(networks: dict[str, nn.Module], images: Tensor) -> Tensor:
@@ -309,7 +318,9 @@ def save_pictures(args: Namespace, networks: dict[str, nn.Module]) -> None:
     if common.is_quiet():
         return
     folder = Path(args.out_dir)
-    common.write_picture(folder / "classes.png", common.grid(draw_classes(networks, args, columns=10), columns=10))
+    common.write_picture(
+        folder / "classes.png", common.grid(draw_classes(networks, args, columns=10), columns=10)
+    )
     try:
         test_data = common.load_data(args.dataset, args.data_dir, train=False)
     except common.UserError as error:
@@ -322,7 +333,9 @@ def save_pictures(args: Namespace, networks: dict[str, nn.Module]) -> None:
     common.write_picture(folder / "morph.png", common.grid(morphs.flatten(0, 1), columns=10))
     styles = torch.cat([real, draw_styles(networks, images)], dim=1)
     common.write_picture(folder / "styles.png", common.grid(styles.flatten(0, 1), columns=CLASSES + 1))
-    frames = [common.to_picture(common.grid(row, columns=5)) for row in draw_morphs(networks, images, 16).unbind(1)]
+    frames = [
+        common.to_picture(common.grid(row, columns=5)) for row in draw_morphs(networks, images, 16).unbind(1)
+    ]
     frames = [frame.resize((3 * frame.width, 3 * frame.height), Image.Resampling.NEAREST) for frame in frames]
     common.write_gif(folder / "morph.gif", frames)
 
@@ -348,8 +361,12 @@ def sample(args: Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = common.make_parser("cvaegan", __doc__, PRESETS)
     group = parser.add_argument_group("CVAE-GAN")
-    group.add_argument("--weights", choices=list(WEIGHTS), help="weights of the losses: the table's two columns (ours)")
-    group.add_argument("--label", type=common.number(int, 0, CLASSES - 1), metavar="K", help="--sample only class K, 0 to 9")
+    group.add_argument(
+        "--weights", choices=list(WEIGHTS), help="weights of the losses: the table's two columns (ours)"
+    )
+    group.add_argument(
+        "--label", type=common.number(int, 0, CLASSES - 1), metavar="K", help="--sample only class K, 0 to 9"
+    )
     args = common.parse(parser, PRESETS, argv, transient=("label",))
     if args.label is not None and args.sample is None:
         parser.error("--label says which class --sample draws: give --sample N too")

@@ -1,0 +1,348 @@
+"""cvaegan.py: the six losses by hand, which network each moves, the moving averages, pictures, resuming, sampling."""
+
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+from PIL import Image
+from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
+
+import common
+import cvaegan
+from tests.conftest import assert_same_run
+
+CPU = common.Compute(torch.device("cpu"), "fp32")
+NETWORKS = ("encoder", "generator", "discriminator", "classifier")
+PARAMETERS = dict(encoder=1, generator=2, discriminator=3, classifier=4, class_means=0)
+
+
+def options(**changes) -> Namespace:
+    return Namespace(**cvaegan.PRESETS["guo"] | changes)
+
+
+def batch(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(count) % 10
+
+
+@pytest.fixture(scope="module")
+def tiny_digits():
+    """400 drawn digits to train on and 100 to test on, in place of all."""
+    data = common.draw_digits(train=False)
+    parts = {
+        True: common.Data(data.images[:400], data.labels[:400]),
+        False: common.Data(*(p[400:500] for p in data)),
+    }
+    patch = pytest.MonkeyPatch()
+    patch.setattr(common, "load_data", lambda name, data_dir, train=True, size=None: parts[train])
+    yield
+    patch.undo()
+
+
+def train(folder, *more) -> None:
+    cvaegan.main(["--dataset", "digits", "--batch-size", "50", "--out-dir", str(folder), *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cvaegan") / "run"
+    train(folder, "--epochs", 4)
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------------- networks
+
+
+def test_networks():
+    networks = cvaegan.build(options())
+    count = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    assert count == PARAMETERS
+    latents, classes = torch.randn(5, 100), torch.eye(10)[:5]
+    images = networks["generator"](latents, classes)
+    assert images.shape == (5, 1, 28, 28) and images.abs().max() <= 1
+    mu, logvar = networks["encoder"](images, classes)
+    assert mu.shape == logvar.shape == (5, 100)
+    for name, outputs in (("discriminator", 1), ("classifier", 10)):
+        features, logits = networks[name](images)
+        assert logits.shape == (5, outputs)
+        torch.testing.assert_close(networks[name].last(features), logits)  # f is what the last layer sees
+
+
+def test_reconstructions_and_prior_samples_do_not_see_each_other():
+    generator = cvaegan.build(options())["generator"]
+    latents, classes = torch.randn(6, 100), torch.eye(10)[:6]
+    torch.testing.assert_close(generator(latents, classes)[:3], generator(latents[:3], classes[:3]))
+
+
+def test_label_and_latent_both_change_the_picture():
+    torch.manual_seed(0)
+    generator = cvaegan.build(options())["generator"]
+    latents, classes = torch.randn(2, 100), torch.eye(10)[:2]
+    one, other_label, other_latent = generator(latents[[0, 0, 1]], classes[[0, 1, 0]])
+    assert (one - other_label).abs().max() > 1e-3 and (one - other_latent).abs().max() > 1e-3
+
+
+def test_the_encoder_is_given_the_class():
+    encoder = cvaegan.build(options())["encoder"]
+    images = torch.rand(1, 1, 28, 28).expand(2, 1, 28, 28)
+    mu, logvar = encoder(images, torch.eye(10)[:2])
+    assert not torch.equal(mu[0], mu[1]) and not torch.equal(logvar[0], logvar[1])
+
+
+# ----------------------------------------------------------------------------------------------------------------- losses
+
+
+def test_cross_entropies():
+    real, reconstructed, prior = torch.randn(3, 7, 1)
+    fake = [-Bernoulli(logits=logits).log_prob(torch.zeros(7, 1)) for logits in (reconstructed, prior)]
+    expected = -Bernoulli(logits=real).log_prob(torch.ones(7, 1)) + fake[0] + fake[1]
+    torch.testing.assert_close(cvaegan.discriminator_loss(real, reconstructed, prior), expected.mean())
+    zero = torch.zeros(2, 1)
+    assert cvaegan.discriminator_loss(zero, zero, zero).item() == pytest.approx(3 * math.log(2))
+    expected = -Bernoulli(logits=prior).log_prob(torch.ones(7, 1)).mean()
+    torch.testing.assert_close(cvaegan.adversarial_loss(prior), expected)
+    assert cvaegan.adversarial_loss(torch.tensor([-1000.0])) == 1000  # no overflow where D is sure
+
+    logits, labels = torch.randn(6, 10), torch.tensor([0, 3, 9, 9, 1, 2])
+    torch.testing.assert_close(
+        cvaegan.classifier_loss(logits, labels), -Categorical(logits=logits).log_prob(labels).mean()
+    )
+
+
+def test_kl_divergence_is_a_sum_over_latents_and_a_mean_over_images():
+    mu, logvar = torch.randn(2, 5, 3)
+    exact = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0, 1)).sum(1).mean()
+    torch.testing.assert_close(cvaegan.kl_divergence(mu, logvar), exact)
+    assert cvaegan.kl_divergence(torch.zeros(4, 100), torch.zeros(4, 100)) == 0
+    assert cvaegan.kl_divergence(torch.ones(4, 100), torch.zeros(4, 100)) == 50
+
+
+def test_latents_have_the_deviation_of_the_divergence():
+    mu, logvar = torch.full((20_000, 2), 3.0), torch.full((20_000, 2), math.log(4.0))
+    latents = cvaegan.reparameterize(mu, logvar, torch.randn(20_000, 2))
+    assert latents.mean().item() == pytest.approx(3, abs=0.05) and latents.std().item() == pytest.approx(
+        2, abs=0.05
+    )
+
+
+def test_matching_losses():
+    real, reconstructed = (
+        torch.zeros(2, 1, 2, 2),
+        torch.tensor([1.0, 3.0])[:, None, None, None].expand(2, 1, 2, 2),
+    )
+    assert cvaegan.pairwise_loss(real, reconstructed) == (4 * 1 + 4 * 9) / 2 / 2  # half, mean of two images
+    assert cvaegan.mean_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])) == 2.5
+    assert cvaegan.mean_loss(torch.ones(10, 3), torch.zeros(10, 3)) == 15  # a sum over the classes
+
+
+def test_moving_averages_of_each_class():
+    averages = cvaegan.ClassMeans()
+    features = torch.tensor([1.0, 3.0, 10.0])[:, None].expand(3, 128).clone().requires_grad_()
+    classes = torch.eye(10)[[4, 4, 7]]
+    step = 1 - cvaegan.DECAY
+    means = averages("real", features, classes)
+    assert means[4, 0].item() == pytest.approx(2 * step) and means[7, 0].item() == pytest.approx(10 * step)
+    assert means.sum(1).nonzero().flatten().tolist() == [4, 7]
+    assert averages.prior.abs().sum() == 0 and torch.equal(averages.real, means.detach())
+    (gradient,) = torch.autograd.grad(means[4].sum(), features)
+    torch.testing.assert_close(gradient[:, 0], torch.tensor([step / 2, step / 2, 0.0]))
+    means = averages("real", features, classes[[0, 1, 0]])  # a class that the batch lacks keeps its mean
+    assert means[7, 0].item() == pytest.approx(10 * step)
+    assert means[4, 0].item() == pytest.approx(2 * step * cvaegan.DECAY + 14 / 3 * step)
+    for _ in range(200):
+        means = averages("prior", features, classes)
+    assert means[4, 0].item() == pytest.approx(2) and means[7, 0].item() == pytest.approx(10)
+
+
+# --------------------------------------------------------------------------------------------------------------- the step
+
+
+def moved_by(objective: str, weight: float, **others) -> set[str]:
+    """The networks that one step moves when `objective` alone has a weight."""
+    raise NotImplementedError
+
+
+def gradients_of(weights: dict[str, float]) -> dict[str, torch.Tensor]:
+    """The gradient that each network gets in one step under these weights, as one vector."""
+    torch.manual_seed(0)
+    args = options(weights="under test")
+    networks = cvaegan.build(args)
+    optimizers = cvaegan.make_optimizers(args, networks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cvaegan.WEIGHTS, "under test", weights)
+        cvaegan.make_step(args, CPU, networks, optimizers)(*batch())
+    return {name: torch.cat([p.grad.flatten() for p in networks[name].parameters()]) for name in NETWORKS}
+
+
+def test_each_loss_moves_the_networks_of_the_table_alone():
+    nothing = dict.fromkeys(cvaegan.WEIGHTS["ours"], 0.0)
+    base = gradients_of(nothing)  # L_D, L_C and L_G have weight 1 throughout
+    assert all(gradient.abs().sum() > 0 for gradient in base.values())
+    moved = {}
+    for term in nothing:
+        changed = gradients_of(nothing | {term: 1.0})
+        moved[term] = {name for name in NETWORKS if not torch.equal(base[name], changed[name])}
+    assert moved == {
+        "kl": {"encoder"},
+        "mean": {"generator"},
+        "class_mean": {"generator"},
+        "adversarial": {"generator"},
+        "label": {"generator"},
+    }
+
+
+def test_step_equals_the_textbook_step():
+    """One pass through each network and shared gradients change nothing against a pass and a gradient for every loss."""
+    torch.manual_seed(0)
+    args = options()
+    networks = cvaegan.build(args)
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "apply", lambda gradients, optimizer: found.setdefault(len(found), gradients))
+        optimizers = cvaegan.make_optimizers(args, networks)
+        step = cvaegan.make_step(args, CPU, networks, optimizers)
+        common.seed_everything(3)
+        images, labels = batch()
+        losses = step(images, labels)
+    discriminator_found, classifier_found, both_found = found.values()
+    encoder_found = both_found[: len(list(networks["encoder"].parameters()))]
+    generator_found = both_found[len(encoder_found) :]
+
+    common.seed_everything(3)
+    noise, prior_latents = torch.randn(8, 2, 100).unbind(1)
+    x, c, w = common.to_symmetric(images), torch.eye(10)[labels], cvaegan.WEIGHTS["ours"]
+    E, G, D, C = (networks[name] for name in NETWORKS)
+    averages = {"real": torch.zeros(10, 128), "prior": torch.zeros(10, 128)}
+
+    def reconstruct():
+        mu, logvar = E(x, c)
+        return G(mu + (logvar / 2).exp() * noise, c)
+
+    def gradients(loss, network):
+        return torch.autograd.grad(loss, list(network.parameters()))
+
+    def half_square(a, b):
+        return sum((a[i] - b[i]).pow(2).sum() for i in range(len(a))) / len(a) / 2
+
+    def prior():
+        return G(prior_latents, c)
+
+    loss_d = -(
+        D(x)[1].sigmoid().log()
+        + (1 - D(reconstruct())[1].sigmoid()).log()
+        + (1 - D(prior())[1].sigmoid()).log()
+    )
+    loss_c = -C(x)[1].softmax(1).log()[range(8), labels]
+    loss_g = (
+        half_square(x, reconstruct())
+        + half_square(D(x)[0], D(reconstruct())[0])
+        + half_square(C(x)[0], C(reconstruct())[0])
+    )
+    loss_gd = (D(x)[0].mean(0) - D(prior())[0].mean(0)).pow(2).sum() / 2
+    loss_gc = 0
+    for k in range(10):
+        if (labels == k).any():
+            means = [(1 - cvaegan.DECAY) * C(images)[0][labels == k].mean(0) for images in (x, prior())]
+            loss_gc = loss_gc + (means[0] - means[1]).pow(2).sum() / 2
+    loss_adversarial = -D(prior())[1].sigmoid().log().mean()
+    loss_label = -C(prior())[1].softmax(1).log()[range(8), labels].mean()
+    mu, logvar = E(x, c)
+    loss_kl = sum((mu[i] ** 2 + logvar[i].exp() - logvar[i] - 1).sum() / 2 for i in range(8)) / 8
+
+    textbook = [loss_d.mean(), loss_c.mean(), loss_kl, loss_g, loss_gd, loss_gc, loss_adversarial, loss_label]
+    for ours, theirs in zip(losses.values(), textbook, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    of_generator = loss_g + w["mean"] * loss_gd + w["class_mean"] * loss_gc
+    of_generator = of_generator + w["adversarial"] * loss_adversarial + w["label"] * loss_label
+    for ours, loss, network in (
+        (discriminator_found, loss_d.mean(), D),
+        (classifier_found, loss_c.mean(), C),
+        (generator_found, of_generator, G),
+        (encoder_found, w["kl"] * loss_kl + loss_g, E),
+    ):
+        scale = max(g.abs().max() for g in ours)
+        for one, other in zip(
+            ours, torch.autograd.grad(loss, list(network.parameters()), retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * scale.item())
+
+
+# ------------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_training_leaves_a_whole_folder(trained):
+    names = {"checkpoint.pt", "log.csv", "losses.png", "real.png", "progress.png", "progress.gif"}
+    names |= {"classes.png", "morph.png", "styles.png", "morph.gif"}
+    assert names <= {path.name for path in trained.iterdir()}
+    assert len(list((trained / "samples").iterdir())) == 4
+    for name, columns, rows in (("classes", 10, 10), ("morph", 10, 10), ("styles", 11, 10)):
+        assert Image.open(trained / f"{name}.png").size == (columns * 30 + 2, rows * 30 + 2)
+    assert Image.open(trained / "morph.gif").n_frames > 4
+    header = (trained / "log.csv").read_text().splitlines()[0]
+    assert header.startswith("epoch,L_D [nats],L_C [nats],L_KL [nats],L_G [squares]")
+
+
+def test_resumed_run_is_the_unbroken_one(trained, tmp_path):
+    train(tmp_path / "run", "--epochs", 2)
+    cvaegan.main(["--resume", "--epochs", "4", "--out-dir", str(tmp_path / "run")])
+    assert common.load_checkpoint(tmp_path / "run")["networks"]["class_means"]["real"].abs().sum() > 0
+    assert_same_run(trained, tmp_path / "run")
+
+
+def test_samples_of_classes_in_turn_and_of_one(trained, tmp_path):
+    before = {name: (trained / name).read_bytes() for name in ("classes.png", "morph.png", "styles.png")}
+    run = ["--out-dir", str(trained), "--sample"]
+    cvaegan.main([*run, "23", "--to", str(tmp_path / "all")])
+    files = {path.relative_to(tmp_path / "all").as_posix() for path in (tmp_path / "all").rglob("*.png")}
+    assert files == {f"{i % 10}/{i:05}.png" for i in range(23)}
+    cvaegan.main([*run, "5", "--label", "7", "--to", str(tmp_path / "sevens")])
+    files = {
+        path.relative_to(tmp_path / "sevens").as_posix() for path in (tmp_path / "sevens").rglob("*.png")
+    }
+    assert files == {f"7/{i:05}.png" for i in range(5)}
+    cvaegan.main([*run, "9", "--label", "0"])
+    assert Image.open(trained / "sample.png").size == (3 * 30 + 2, 3 * 30 + 2)
+    (trained / "sample.png").unlink()
+    assert before == {name: (trained / name).read_bytes() for name in before}  # drawn anew, and the same
+
+
+def test_sampling_without_test_images_says_so(trained, tmp_path, monkeypatch, capsys):
+    def absent(*_, **__):
+        raise common.UserError("not there")
+
+    monkeypatch.setattr(common, "load_data", absent)
+    (trained / "classes.png").unlink()
+    cvaegan.main(["--out-dir", str(trained), "--sample", "4", "--to", str(tmp_path / "grid.png")])
+    assert "real test images: not there" in capsys.readouterr().out
+    assert (trained / "classes.png").exists() and (tmp_path / "grid.png").exists()
+
+
+def test_sampler(trained):
+    sampler = cvaegan.load_sampler(common.load_checkpoint(trained, "cvaegan"), torch.device("cpu"))
+    assert (sampler.latent_size, sampler.classes) == (100, 10)
+    assert sampler.parameters == sum(PARAMETERS.values())
+    images = sampler.generate(torch.randn(4, 100), torch.tensor([3, 3, 0, 9]))
+    assert images.shape == (4, 1, 28, 28) and 0 <= images.min() <= images.max() <= 1
+
+
+def test_the_papers_weights_train(tiny_digits, tmp_path):
+    train(tmp_path / "run", "--epochs", 1, "--weights", "paper")
+    assert common.load_checkpoint(tmp_path / "run")["options"]["weights"] == "paper"
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (["--label", "3"], "give --sample N too"),
+        (["--sample", "3", "--label", "10"], "at most 9"),
+        (["--weights", "theirs"], "invalid choice"),
+        (["--dataset", "anime"], "invalid choice"),
+    ],
+)
+def test_mistakes_get_one_line(bad, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cvaegan.main(bad)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("cvaegan.py: error: ") and words in error
