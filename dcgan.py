@@ -262,7 +262,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     group.add_argument("--image-size", type=int, choices=[32, 64, 128], help="side of a folder's images in pixels (64)")
     group.add_argument(
         "--augment", choices=["none", "flip", "full"],
-        help="flip mirrors half of the images (for folders); full also varies colour, place and cutout (none for digits)",
+        help="flip mirrors half of the images (folders); full also varies colour, place and cutout (digits: none)",
     )  # fmt: skip
     group.add_argument(
         "--ema", type=common.number(float, 0, 0.99999), metavar="DECAY",

@@ -33,6 +33,9 @@ class Training(NamedTuple):
 TRAININGS = {
     "gan-guo": Training("gan", "--preset guo", 2.8),
     "gan-banerjee": Training("gan", "--preset banerjee", 1.0),
+    "dcgan-guo": Training("dcgan", "--preset guo", 2.2),
+    "dcgan-guo-anime": Training("dcgan", "--preset guo --dataset anime", 2.5),
+    "dcgan-banerjee": Training("dcgan", "--preset banerjee", 1.7),
     "vae-guo": Training("vae", "--preset guo", 2.5),
     "vae-banerjee-linear": Training("vae", "--preset banerjee-linear", 1.8),
     "vae-banerjee-conv": Training("vae", "--preset banerjee-conv", 1.5),

@@ -68,3 +68,40 @@ def vae(args: Namespace) -> Iterator[None]:
         optimizer.step()
         loss.item()
         yield
+
+
+def faces(args: Namespace) -> Iterator:
+    """The images of <data_dir>/anime in [-1, 1], decoded anew every epoch by two processes."""
+    steps = [transforms.Resize(args.image_size), transforms.CenterCrop(args.image_size)]
+    steps += [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
+    data = datasets.ImageFolder(args.data_dir, transforms.Compose(steps), allow_empty=True)
+    return endless(DataLoader(data, args.batch_size, shuffle=True, drop_last=True, num_workers=2))
+
+
+def dcgan(args: Namespace) -> Iterator[None]:
+    """For faces as in PyTorch's own DCGAN example, where one batch of generated images serves both players too."""
+    import dcgan as script
+
+    networks = {name: n.to(memory_format=torch.contiguous_format) for name, n in script.build(args).items()}
+    generator, discriminator = networks["generator"], nn.Sequential(networks["discriminator"], nn.Sigmoid())
+    criterion = nn.BCELoss()
+    generator_optimizer = torch.optim.Adam(generator.parameters(), lr=args.lr, betas=(args.beta1, 0.999))
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.lr, betas=(args.beta1, 0.999))
+    for images, _ in faces(args) if args.dataset == "anime" else mnist(args):
+        real, fake = torch.ones(len(images)), torch.zeros(len(images))
+        discriminator_optimizer.zero_grad()
+        real_loss = criterion(discriminator(images), real)
+        real_loss.backward()
+        fake_images = generator(torch.randn(len(images), args.latent_size))
+        fake_loss = criterion(discriminator(fake_images.detach()), fake)
+        fake_loss.backward()
+        discriminator_optimizer.step()
+
+        if args.dataset != "anime":
+            fake_images = generator(torch.randn(len(images), args.latent_size))
+        generator_optimizer.zero_grad()
+        generator_loss = criterion(discriminator(fake_images), real)
+        generator_loss.backward()
+        generator_optimizer.step()
+        real_loss.item(), fake_loss.item(), generator_loss.item()
+        yield
