@@ -105,3 +105,58 @@ def dcgan(args: Namespace) -> Iterator[None]:
         generator_optimizer.step()
         real_loss.item(), fake_loss.item(), generator_loss.item()
         yield
+
+
+def cvaegan(args: Namespace) -> Iterator[None]:
+    """Every network's update with forward passes of its own, one after another, as public CVAE-GANs do it."""
+    import cvaegan as script
+
+    networks = {name: n.to(memory_format=torch.contiguous_format) for name, n in script.build(args).items()}
+    encoder, generator, discriminator, classifier, class_means = networks.values()
+    weights, sigmoid = script.WEIGHTS[args.weights], nn.Sigmoid()
+    bce, cross_entropy, squares = nn.BCELoss(), nn.CrossEntropyLoss(), nn.MSELoss(reduction="sum")
+    adam = {
+        name: torch.optim.Adam(networks[name].parameters(), lr=args.lr, betas=(0.5, 0.999))
+        for name in ("encoder", "generator", "discriminator", "classifier")
+    }
+
+    def reconstruct(images, classes):
+        mu, logvar = encoder(images, classes)
+        divergence = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp()) / len(images)
+        return generator(mu + torch.exp(0.5 * logvar) * torch.randn_like(logvar), classes), divergence
+
+    def draw(classes):
+        return generator(torch.randn(len(classes), args.latent_size), classes)
+
+    def pairwise(images, drawn):
+        features = [network(images)[0].detach() for network in (discriminator, classifier)]
+        drawn_features = [network(drawn)[0] for network in (discriminator, classifier)]
+        parts = [squares(drawn, images)] + [squares(*pair) for pair in zip(drawn_features, features)]
+        return sum(parts) / 2 / len(images)
+
+    def update(name, loss):
+        adam[name].zero_grad()
+        loss.backward()
+        adam[name].step()
+        loss.item()
+
+    for images, labels in mnist(args):
+        classes, real, fake = torch.eye(10)[labels], torch.ones(len(images), 1), torch.zeros(len(images), 1)
+        update("classifier", cross_entropy(classifier(images)[1], labels))
+
+        loss = bce(sigmoid(discriminator(images)[1]), real)
+        loss = loss + bce(sigmoid(discriminator(reconstruct(images, classes)[0].detach())[1]), fake)
+        update("discriminator", loss + bce(sigmoid(discriminator(draw(classes).detach())[1]), fake))
+
+        loss = pairwise(images, reconstruct(images, classes)[0])
+        difference = discriminator(images)[0].detach().mean(0) - discriminator(draw(classes))[0].mean(0)
+        loss = loss + weights["mean"] * difference.pow(2).sum() / 2
+        real_means = class_means("real", classifier(images)[0].detach(), classes)
+        difference = real_means - class_means("prior", classifier(draw(classes))[0], classes)
+        loss = loss + weights["class_mean"] * difference.pow(2).sum() / 2
+        loss = loss + weights["adversarial"] * bce(sigmoid(discriminator(draw(classes))[1]), real)
+        update("generator", loss + weights["label"] * cross_entropy(classifier(draw(classes))[1], labels))
+
+        drawn, divergence = reconstruct(images, classes)
+        update("encoder", weights["kl"] * divergence + pairwise(images, drawn))
+        yield
