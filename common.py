@@ -50,7 +50,7 @@ class UserError(Exception):
 def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; afterwards it replaces `path` at once, or leaves it as it was on an error.
 
-    `sync` waits for the disk, so that not even a power cut leaves half a file. Raises UserError for a full or read-only disk.
+    `sync` waits for the disk, so that not even a power cut leaves half a file. UserError for a full or read-only disk.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -76,7 +76,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """One line with the work done, its rate and the time left: rewritten on a terminal, else printed every 10 seconds."""
+    """One line with the work done, its rate and the time left: rewritten on a terminal, else now and then a new one."""
 
     def __init__(self, total: int, unit: str):
         self.total, self.unit = total, unit
@@ -103,14 +103,21 @@ def show_line(line: str, end: str = "\n") -> None:
     print(line, end=end, flush=True)
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         if not is_quiet():
-            print(f"{self.prog}: error: {message}", file=sys.stderr)
+            complain(self.prog, f"error: {message}")
         raise SystemExit(2)
+
+
+def complain(who: str, message: str) -> None:
+    """One line on standard error, whatever names from outside are in it."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    show_line("", end="") if sys.stdout.isatty() else None
+    print(f"{who}: {line}", file=sys.stderr, flush=True)
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
@@ -164,8 +171,8 @@ def make_parser(script: str, doc: str, presets: dict, datasets: tuple[str, ...] 
 def parse(parser: Parser, presets: dict, argv: list[str] | None, transient: tuple[str, ...] = ()) -> argparse.Namespace:
     """Options: what was typed over the checkpoint's (with --resume and --sample) over the preset's over the defaults.
 
-    A preset may hold a dict `folder` of other numbers for folders of images. The script's own options need an entry in every
-    preset, or stand in `transient` (None by default, not kept in the checkpoint). Adds `script`, `given` (the
+    A preset may hold a dict `folder` of other numbers for folders of images. The script's own options need an entry in
+    every preset, or stand in `transient` (None by default, not kept in the checkpoint). Adds `script`, `given` (the
     names typed) and `checkpoint` (a dict or None). In a notebook the kernel's own arguments are ignored.
     """
     given = vars(parser.parse_args([] if argv is None and in_notebook() else argv))
@@ -223,15 +230,13 @@ def stored_options(args: argparse.Namespace) -> dict:
 
 
 def run_command(function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call `function(args)`, within torch.distributed under torchrun; end with one line and a status, never a traceback.
+    """Call `function(args)`, within torch.distributed under torchrun; a mistake ends with one line, never a traceback.
 
     Status 2 for what the user can mend, 130 for Ctrl-C and SIGTERM.
     """
 
     def fail(status: int, message: str):
-        who = f"{args.script}.py" + (f" (process {rank()})" if rank() else "")
-        show_line("", end="") if sys.stdout.isatty() else None
-        print(f"{who}: {message}", file=sys.stderr, flush=True)
+        complain(f"{args.script}.py" + (f" (process {rank()})" if rank() else ""), message)
         raise SystemExit(status)
 
     def terminate(*_):
@@ -280,7 +285,7 @@ def in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
-# ------------------------------------------------------------------------------------- device, precision and processes
+# -------------------------------------------------------------------------------------- device, precision and processes
 
 
 def rank() -> int:
@@ -354,7 +359,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def seed_everything(seed: int, epoch: int = 0) -> None:
-    """Seed all that is random from (seed, epoch), so that an epoch depends on nothing that came before but the weights."""
+    """Seed all that is random from (seed, epoch): an epoch depends on nothing that came before but the weights."""
     # The CPU's generator keeps 32 bits of its seed: mix, instead of adding, so that no two epochs of two seeds agree.
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4], "big"))
 
@@ -365,7 +370,7 @@ def randn(count: int, *shape: int, device: torch.device | str) -> Tensor:
     return noise[rank() * count : (rank() + 1) * count]
 
 
-# ------------------------------------------------------------------------------------------------------- optimizer steps
+# ------------------------------------------------------------------------------------------------------ optimizer steps
 
 
 def adam(parameters, lr: float, beta1: float = 0.9) -> torch.optim.Adam:
@@ -376,7 +381,7 @@ def adam(parameters, lr: float, beta1: float = 0.9) -> torch.optim.Adam:
 
 
 def gradients(loss: Tensor, optimizer: torch.optim.Optimizer, retain: bool = False) -> tuple[Tensor, ...]:
-    """Gradients of `loss` for this optimizer's parameters alone: every other network is a constant and costs nothing."""
+    """Gradients of `loss` for this optimizer's parameters alone: other networks are constants and cost nothing."""
     return torch.autograd.grad(loss, optimizer.param_groups[0]["params"], retain_graph=retain)
 
 
@@ -441,7 +446,7 @@ class GraphedStep:
         return self.losses
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# ----------------------------------------------------------------------------------------------------------------- data
 
 
 class Data(NamedTuple):
@@ -450,7 +455,7 @@ class Data(NamedTuple):
 
 
 def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | None = None) -> Data:
-    """The images of a data set: mnist, fashion and digits are 1x28x28 with labels; anime and folders 3 x size x size without.
+    """The images of a data set: mnist, fashion, digits 1x28x28 with labels; anime, folders 3 x size x size without.
 
     Raises UserError when the data is absent and can't be fetched, is damaged, or holds no image.
     """
@@ -513,7 +518,7 @@ def no_download(kind: type, raw: Path) -> str:
 
 
 def draw_digits(train: bool = True) -> Data:
-    """Ten thousand (train) or two thousand (test) digits in Pillow's own font, each slanted, turned, sized and thickened at random.
+    """Ten thousand (train) or two thousand (test) digits in Pillow's own font, turned, slanted and sized at random.
 
     Always the same pictures, made in a few seconds: for trying things out without a download.
     """
@@ -545,7 +550,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # some of Pillow's other 
 
 
 def load_folder(folder: Path, size: int) -> Tensor:
-    """The images under `folder`, flat or nested, as uint8 (N, 3, size, size), mapped from a cache file that is made once.
+    """The images under `folder`, flat or nested, as uint8 (N, 3, size, size), mapped from a cache file made once.
 
     The cache lies beside the folder (or under ~/.cache where that can't be written) and is made anew when a file was
     added, removed or changed. Files that are no usable image are skipped and named. Raises UserError when none is left.
@@ -608,25 +613,23 @@ def read_footer(cache: Path) -> dict:
 
 
 def build_cache(cache: Path, folder: Path, files: list[str], size: int, signature: str) -> None:
-    """Decode all files in several processes and write their pixels one after the other: memory does not grow with N."""
-    count, skipped, reasons = 0, 0, []
-    paths = [os.path.join(folder, file) for file in files]
-    chunks = (paths[start : start + 64] for start in range(0, len(paths), 64))
-    progress = Progress(len(files), "files")
-    for leftover in cache.parent.glob(f".{cache.name}.*.tmp"):  # of builders that were killed; a live one keeps writing
+    """Decode all files in several processes and write their pixels one after the other: memory does not grow with them."""
+    count, skipped, reasons, progress = 0, 0, [], Progress(len(files), "files")
+    chunks = [files[start : start + 64] for start in range(0, len(files), 64)]
+    for leftover in cache.parent.glob(f".{cache.name}.*.tmp"):  # of builders that were killed
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink()
     with replacing(cache) as temporary, open(temporary, "wb") as file:
-        for done, pictures in enumerate(map_in_processes(decode_images, chunks, len(paths) // 256, size)):
-            for path, picture in zip(files[64 * done :], pictures):
+        for chunk, pictures in zip(chunks, map_in_processes(decode_images, chunks, len(files) // 256, folder, size)):
+            for name, picture in zip(chunk, pictures):
                 if isinstance(picture, bytes):
                     file.write(picture)
                     count += 1
                 else:
                     skipped += 1
-                    reasons += [f"{path} ({picture})"] if skipped <= 3 else []
-            progress.update(min(64 * (done + 1), len(files)))
+                    reasons += [f"{name} ({picture})"] if skipped <= 3 else []
+            progress.update(count + skipped)
         if not count:
             what = f"{len(files):,} files, none of them a usable image: {', '.join(reasons)}" if files else "no file"
             raise UserError(f"{folder} holds {what}; {', '.join(IMAGE_FORMATS)} are read")
@@ -635,8 +638,8 @@ def build_cache(cache: Path, folder: Path, files: list[str], size: int, signatur
         file.write(footer + len(footer).to_bytes(8, "big"))
 
 
-def map_in_processes(function: Callable, items: Iterator, workers: int, *args) -> Iterator:
-    """function(item, *args) of each item, in order, in up to 8 processes; few results wait at a time. In this one for 0."""
+def map_in_processes(function: Callable, items: list, workers: int, *args) -> Iterator:
+    """function(item, *args) of each item, in order, in up to 8 processes (0: in this one); few results wait."""
     if workers == 0:
         yield from (function(item, *args) for item in items)
         return
@@ -664,12 +667,12 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def decode_images(paths: list[str], size: int) -> list[bytes | str]:
-    """The pixels of each file, 3 x size x size bytes, or why there are none."""
+def decode_images(names: list[str], folder: Path, size: int) -> list[bytes | str]:
+    """The pixels of each file in the folder, 3 x size x size bytes, or why there are none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # before the pixels are read
-        return [decode_image(path, size) for path in paths]
+        return [decode_image(os.path.join(folder, name), size) for name in names]
 
 
 def decode_image(path: str, size: int) -> bytes | str:
@@ -726,7 +729,7 @@ def symmetric_to_unit(images: Tensor) -> Tensor:
     return images.float().add(1).div_(2)
 
 
-# -------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------- pictures
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -766,7 +769,7 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e
 
 
 class Plot:
-    """An empty figure with axes, ticks and a legend; draw at `point(x, y)` on `draw`. Twice the size, so that lines look smooth."""
+    """A figure with axes, ticks and a legend; draw at `point(x, y)` on `draw`. Halved at the end for smooth lines."""
 
     def __init__(self, x_range, y_range, x_label: str, y_label: str, legend: dict[str, str], log_y: bool = False):
         self.width, self.height, self.log_y = 1600, 1000, log_y
@@ -864,7 +867,7 @@ def write_gif(path: str | Path, frames: list[Image.Image], seconds: float = 0.15
 
 
 def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
-    """The checkpoint of a run's folder; never runs code from it. UserError when absent, damaged or of another script."""
+    """The checkpoint of a run's folder; runs no code from it. UserError when absent, damaged or of another script."""
     path = Path(out_dir, "checkpoint.pt")
     if not path.is_file():
         raise UserError(f"{path}: there is no checkpoint: train first, or name the run's folder with --out-dir")
@@ -912,9 +915,8 @@ class Run:
                 self.keep_earlier_run()
             for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
                 leftover.unlink(missing_ok=True)
-            print(
-                f"{args.script}: {args.preset} on {args.dataset}, {len(data.images):,} images, {self.steps} steps an epoch"
-            )
+            what = f"{args.preset} on {args.dataset}, {len(data.images):,} images, {self.steps} steps an epoch"
+            print(f"{args.script}: {what}")
             write_picture(self.folder / "real.png", grid(to_unit(self.data.images[:64].cpu())))
 
     def restore(self, checkpoint: dict) -> None:
@@ -938,9 +940,7 @@ class Run:
             self.folder.rename(aside)
         except OSError as error:
             raise UserError(f"{self.folder} holds a run and can't be moved aside: {error.strerror}") from error
-        print(
-            f"{self.args.script}: the run that was in {self.folder} is now {aside} (--resume would have gone on with it)"
-        )
+        print(f"{self.args.script}: the run that was in {self.folder} is now {aside} (--resume would go on with it)")
 
     def capture(self, step: Callable) -> Callable:
         """`step` as one CUDA graph, where that can be."""
@@ -974,7 +974,7 @@ class Run:
         return batches(self.data, self.args.batch_size, self.compute.device)
 
     def record(self, losses: dict[str, Tensor]) -> None:
-        """Keep a step's losses, without waiting for the device. Their names carry their units: "generator loss [nats]"."""
+        """Keep a step's losses, without waiting for the device. Names carry units: "generator loss [nats]"."""
         if not self.names:
             self.names = list(losses)
             self.losses = torch.zeros(self.steps, len(losses), device=self.compute.device)
@@ -1037,7 +1037,7 @@ class Run:
         raise UserError(f"{what}: {kept}; a lower --lr may help")
 
     def save(self, epoch: int) -> None:
-        """Write log, curves and checkpoint, each whole; the checkpoint last, since it is what a resumed run believes."""
+        """Write log, curves and checkpoint, each whole; the checkpoint last: it is what a resumed run believes."""
         started = time.perf_counter()
         self.epoch = epoch
         if is_quiet():
@@ -1069,7 +1069,7 @@ class Run:
         )
 
     def save_samples(self, images: Tensor) -> None:
-        """This epoch's picture of the fixed latents, images (N, C, H, W) in [0, 1]; in a notebook it is shown in line."""
+        """This epoch's picture of the fixed latents, (N, C, H, W) in [0, 1]; in a notebook it is shown in line."""
         if is_quiet():
             return
         picture = to_picture(grid(images))
@@ -1088,7 +1088,7 @@ class Run:
             write_picture(self.folder / name, image)
 
     def finish(self) -> None:
-        """The four-panel figure at a quarter, half, three quarters and all of the epochs, the animation, and the last line."""
+        """The figure at a quarter, half, three quarters and all of the epochs, the animation, and the last line."""
         if is_quiet():
             return
         total = self.args.epochs
@@ -1106,7 +1106,7 @@ class Run:
         print(f"{self.args.script}: done, pictures in {self.folder}: look at {self.folder / 'progress.png'}")
 
 
-# -------------------------------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------------------------------------------- sampling
 
 
 class Sampler(NamedTuple):
@@ -1134,7 +1134,7 @@ def restore_networks(networks: dict[str, nn.Module], checkpoint: dict, device: t
 
 
 def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = None, chunk: int = 500) -> Iterator:
-    """`count` samples in chunks: uint8 images (n, C, H, W) on the CPU and their labels (n,) or None. Classes come in turn."""
+    """`count` samples in chunks: uint8 (n, C, H, W) on the CPU and their labels (n,) or None. Classes come in turn."""
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, count, chunk):
         size = min(chunk, count - start)

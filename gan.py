@@ -6,9 +6,9 @@
     python gan.py --sample 64 --to grid.png         # draw from the trained run
 
 The generator turns Gaussian noise into an image; the discriminator tells real images from generated ones; each is
-trained against the other (Goodfellow et al. 2014, arXiv 1406.2661). The networks and numbers are the reports'. What these
-leave open: Gaussian latents, the paper's non-saturating generator loss, and one batch of generated images a
-step that serves both players.
+trained against the other (Goodfellow et al. 2014, arXiv 1406.2661). The networks and numbers are the reports'. What
+these leave open: Gaussian latents, the paper's non-saturating generator loss, and one batch of generated images a step
+that serves both players.
 """
 
 # /// script
@@ -31,7 +31,8 @@ PRESETS = {
     ),
     "banerjee": dict(
         epochs=100, batch_size=128, lr=2e-4,
-        latent_size=100, generator_sizes=(128, 256, 512), generator_slope=0.2, discriminator_sizes=(512, 256, 128), dropout=0.4,
+        latent_size=100, generator_sizes=(128, 256, 512), generator_slope=0.2,
+        discriminator_sizes=(512, 256, 128), dropout=0.4,
     ),
 }  # fmt: skip
 
@@ -65,7 +66,7 @@ def build(args: Namespace) -> dict[str, nn.Module]:
 
 
 def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """-log D(x) - log(1 - D(G(z))), mean over the batch, in nats: 2 log 2 = 1.386 when it can't tell (Goodfellow et al., eq. 1)."""
+    """-log D(x) - log(1 - D(G(z))), mean over the batch, in nats (Goodfellow et al., eq. 1): 2 log 2 if it can't tell."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 

@@ -1,4 +1,4 @@
-"""What all tests share: real data where DATA_DIR points to it, tiny data otherwise, and scripts run as a user runs them."""
+"""What all tests share: real data where DATA_DIR points to it, tiny data otherwise, scripts run as by a user."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The nine trainings the conventional way, as the reports' notebooks and most public scripts write them: what bench.py compares with.
+"""The nine trainings the conventional way, as the reports' notebooks and most public scripts have them, for bench.py.
 
 Each function takes a script's options and yields once after every step, data path included. They share no code with the
 scripts but the networks' shapes: torchvision transforms through a DataLoader, Sigmoid and BCELoss, fresh noise for each

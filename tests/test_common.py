@@ -219,7 +219,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 
 def test_saving_takes_a_bounded_part_of_the_time(tmp_path, monkeypatch):
-    """With epochs of no length at all the checkpoint is written now and then, not after each; the log is complete at the end."""
+    """With epochs of no length the checkpoint is written now and then, not after each; the log is complete at the end."""
     run = fake_run(tmp_path / "run", epochs=300)
     saves, save = [], run.save
     monkeypatch.setattr(run, "save", lambda epoch: (saves.append(epoch), save(epoch)))
@@ -301,8 +301,8 @@ def test_importing_changes_nothing(tmp_path):
     """No file, no output, no seed, no thread count, no signal handler."""
     program = (
         "import random, signal, torch; before = (torch.initial_seed(), random.getstate(), torch.get_num_threads(), "
-        "signal.getsignal(signal.SIGINT)); import common, gan; assert before == (torch.initial_seed(), random.getstate(), "
-        "torch.get_num_threads(), signal.getsignal(signal.SIGINT))"
+        "signal.getsignal(signal.SIGINT)); import common, gan; assert before == (torch.initial_seed(), "
+        "random.getstate(), torch.get_num_threads(), signal.getsignal(signal.SIGINT))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
@@ -315,7 +315,8 @@ def test_importing_changes_nothing(tmp_path):
 def test_mnist_is_held_once_in_memory(real_data, tmp_path):
     """A short run's peak over what importing torch and torchvision takes: at most 300 MB."""
     program = (
-        "import resource, sys, torch, torchvision; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024; "
+        "import resource, sys, torch, torchvision; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024; "
         "before = peak(); import gan; gan.main(sys.argv[1:]); print(peak() - before)"
     )
     options = ["--data-dir", real_data, "--epochs", 1, "--batch-size", 1000, "--out-dir", "run"]

@@ -1,0 +1,376 @@
+"""What goes wrong for people, and the promise each script keeps: one line, nothing lost, the same bits in the end."""
+
+import gc
+import importlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+from tests.conftest import ROOT, assert_same_run
+from tests.test_common import checkpoint_file, fake_run
+
+SCRIPTS = ("gan", "dcgan", "vae", "cvaegan")
+SHORT = {  # a run of a second or two
+    "gan": "--dataset digits --epochs 4 --batch-size 500",
+    "vae": "--dataset digits --epochs 4 --batch-size 500",
+    "dcgan": "--dataset faces --image-size 32 --epochs 4 --batch-size 16",
+    "cvaegan": "--dataset digits --epochs 3 --batch-size 2500",
+}
+
+
+def make_folder(folder: Path, count: int = 48) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        chance = random.Random(i)
+        image = Image.new("RGB", (40, 36), tuple(chance.randrange(256) for _ in range(3)))
+        image.paste(tuple(chance.randrange(256) for _ in range(3)), (5, 5, 20 + i % 15, 25))
+        image.save(folder / f"{i:03}.png")
+    return folder
+
+
+def snapshot(folder: Path) -> dict:
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def put(name: str, text: str | bytes = "in the way"):
+    return lambda: Path(name).write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+def put_checkpoint(kind: str):
+    return lambda: checkpoint_file(Path.cwd(), kind)
+
+
+def broken_images():
+    Path("broken").mkdir()
+    Path("broken/a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    Path("broken/b.jpg").touch()
+
+
+def bomb():
+    """A PNG of a few bytes that claims a hundred thousand pixels a side."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    Path("bombs").mkdir()
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+    Path("bombs/bomb.png").write_bytes(png)
+
+
+EVERY = {  # options for each script: what the line must say, and what has to be there first
+    "--epochs 0": ("--epochs", None),
+    "--epochs many": ("--epochs", None),
+    "--batch-size -3": ("--batch-size", None),
+    "--batch-size 10001 --dataset digits": ("10,000 images", None),
+    "--lr nan": ("--lr", None),
+    "--lr -0.1": ("--lr", None),
+    "--seed -1": ("--seed", None),
+    "--dataset nothing": ("nothing", None),
+    "--preset nobody": ("--preset", None),
+    "--device tpu": ("--device", None),
+    "--precision fp64": ("--precision", None),
+    "--sample 0": ("--sample", None),
+    "--sample 3": ("train first", None),
+    "--resume": ("train first", None),
+    "--resume --sample 3": ("one of them", None),
+    "--to somewhere": ("--sample", None),
+    "--no-such-option": ("--no-such-option", None),
+    "--dataset digits --out-dir file": ("file", put("file")),
+    "--dataset digits --out-dir file/below": ("file", put("file")),
+    "--dataset digits --out-dir /proc/nowhere": ("/proc/nowhere", None),
+    "--dataset mnist --data-dir file": ("file", put("file")),
+    "--resume --out-dir run": ("damaged", put_checkpoint("truncated")),
+    "--sample 3 --out-dir run": ("damaged", put_checkpoint("malicious")),
+}
+OWN = [
+    ("vae", "--beta -1", "--beta", None),
+    ("vae", "--beta nan", "--beta", None),
+    ("vae", "--evaluate", "train first", None),
+    ("dcgan", "--image-size 33 --dataset anime", "--image-size", None),
+    ("dcgan", "--ema 1.5", "--ema", None),
+    ("dcgan", "--augment everything", "--augment", None),
+    ("dcgan", "--dataset anime", "anime", None),
+    ("dcgan", "--dataset ./file", "file", put("file")),
+    ("dcgan", "--dataset ./empty", "empty", lambda: Path("empty").mkdir()),
+    ("dcgan", "--dataset ./broken", "broken", broken_images),
+    ("dcgan", "--dataset ./bombs", "bomb", bomb),
+    ("dcgan", "--dataset digits --batch-size 1", "--batch-size", None),
+    ("cvaegan", "--label 10", "--label", None),
+    ("cvaegan", "--label -1", "--label", None),
+    ("cvaegan", "--weights nobody", "--weights", None),
+]
+CASES = [(script, options, *rest) for script in SCRIPTS for options, rest in EVERY.items()] + OWN
+
+
+@pytest.mark.parametrize(("script", "options", "words", "prepare"), CASES, ids=[f"{c[0]} {c[1]}" for c in CASES])
+def test_a_mistake_gets_one_line_and_changes_nothing(script, options, words, prepare, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    if prepare:
+        prepare()
+    before = snapshot(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main(options.split())
+    error = capfd.readouterr().err
+    assert stop.value.code == 2, error
+    assert error.startswith(f"{script}.py: error: ") and error.count("\n") == 1 and words in error, error
+    assert snapshot(tmp_path) == before
+
+
+def test_there_are_at_least_sixty_cases():
+    assert len(CASES) >= 60
+
+
+@pytest.mark.parametrize("name", ["a b", "Größe", "two\nlines", "-dash", "\x1b[31mred"])
+def test_odd_names_work_or_get_one_line(name, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    gan = importlib.import_module("gan")
+    gan.main(["--dataset", "digits", "--epochs", "1", "--batch-size", "5000", f"--out-dir={name}"])
+    gan.main(["--sample", "4", f"--out-dir={name}"])
+    assert (tmp_path / name / "sample.png").exists()
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        gan.main(["--dataset", "digits", f"--out-dir={name}/sample.png"])
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "\x1b" not in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_batches_of_any_size_work_or_are_refused(script, tmp_path, monkeypatch, capfd):
+    """1, 2, a prime, just under and all of the data: training goes on, or one line says why not."""
+    monkeypatch.chdir(tmp_path)
+    module, few = importlib.import_module(script), 31
+    data = common.draw_digits()
+    monkeypatch.setattr(common, "load_data", lambda *_, **__: common.Data(data.images[:few], data.labels[:few]))
+    for size in (1, 2, 13, few - 1, few):
+        try:
+            module.main(["--dataset", "digits", "--epochs", "1", "--batch-size", str(size), "--out-dir", f"run-{size}"])
+        except SystemExit as stop:
+            error = capfd.readouterr().err
+            assert stop.code == 2 and size == 1 and "batch" in error and error.count("\n") == 1
+        else:
+            assert common.load_checkpoint(f"run-{size}")["epoch"] == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_same_command_same_bits_and_seeds_count(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "faces")
+    module = importlib.import_module(script)
+    options = SHORT[script].replace("faces", "./faces").split()
+    options[options.index("--epochs") + 1] = "1"
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        module.main([*options, "--out-dir", name, "--seed", str(seed)])
+        module.main(["--out-dir", name, "--sample", "9", "--seed", "5"])
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "a", tmp_path / "c")
+    module.main(["--out-dir", "a", "--sample", "9", "--seed", "6", "--to", "other.png"])
+    assert Path("other.png").read_bytes() != Path("a/sample.png").read_bytes()
+    checkpoint = common.load_checkpoint("a")
+    torch.save(checkpoint, "a/checkpoint.pt")
+    assert_same_run(tmp_path / "a", tmp_path / "b")  # saving what was loaded is the identity
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_divergence_keeps_the_last_finite_checkpoint(script, tmp_path, monkeypatch, capfd):
+    """An absurd rate drives the losses to infinity: the run stops and names loss, epoch and step, or the weights."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "faces")
+    options = SHORT[script].replace("faces", "./faces").split()
+    module = importlib.import_module(script)
+    module.main([*options, "--out-dir", "run"])
+    checkpoint = common.load_checkpoint("run")
+    for optimizer in checkpoint["optimizers"].values():
+        optimizer["param_groups"][0]["lr"] = 1e30
+    torch.save(checkpoint, "run/checkpoint.pt")
+    kept = Path("run/checkpoint.pt").read_bytes()
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--out-dir", "run", "--resume", "--epochs", "20"])
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "is kept" in error, error
+    assert "step" in error or "weights" in error
+    after = common.load_checkpoint("run")
+    assert Path("run/checkpoint.pt").read_bytes() == kept or after["epoch"] > checkpoint["epoch"]
+    for network in after["networks"].values():
+        assert all(tensor.isfinite().all() for tensor in network.values())
+
+
+# A process that has imported everything and then forks a child for each command: kills cost no imports.
+FORKS = """
+import importlib, os, random, signal, sys, time
+script, seed, kills, *options = sys.argv[1:]
+module, chance = importlib.import_module(script), random.Random(int(seed))
+
+def run(options, seconds=None):
+    child = os.fork()
+    if child == 0:
+        out = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(out, 1)
+        try:
+            module.main(options)
+        except SystemExit as stop:
+            os._exit(stop.code or 0)
+        except BaseException:
+            os._exit(99)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+started = time.monotonic()
+assert run([*options, "--out-dir", "unbroken"]) == 0
+length = time.monotonic() - started
+done = 0
+while done < int(kills):
+    resume = ["--resume"] if os.path.exists("killed/checkpoint.pt") else []
+    done += os.WIFSIGNALED(run([*options, "--out-dir", "killed", *resume], chance.uniform(0.02, 0.6) * length))
+    if chance.random() < 0.3:
+        run([*options, "--out-dir", "killed", "--resume"], chance.uniform(0.0, 0.1))
+resume = ["--resume"] if os.path.exists("killed/checkpoint.pt") else []
+assert run([*options, "--out-dir", "killed", *resume]) == 0
+"""
+
+
+def kill_and_resume(script: str, kills: int, seed: int, folder: Path) -> None:
+    make_folder(folder / "faces")
+    options = SHORT[script].replace("faces", "./faces").split()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FORKS, script, str(seed), str(kills), *options]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(folder / "unbroken", folder / "killed")
+    leftovers = [path for path in folder.rglob("*.tmp") if path.parent == folder / "killed"]
+    assert not leftovers
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_and_resumed_is_the_unbroken_run(script, tmp_path):
+    kill_and_resume(script, kills=2, seed=random.randrange(10**6), folder=tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_thirty_times(script, tmp_path):
+    kill_and_resume(script, kills=30, seed=random.randrange(10**6), folder=tmp_path)
+
+
+@pytest.mark.parametrize("script", ["vae", "dcgan", "cvaegan"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupts_end_with_130_and_resume(script, number, tmp_path):
+    make_folder(tmp_path / "faces")
+    options = SHORT[script].replace("faces", "./faces").split()
+    command = [sys.executable, "-u", str(ROOT / f"{script}.py"), *options, "--out-dir", "run", "--epochs", "500"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch") and "2/500" in line:
+            process.send_signal(number)
+            break
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.count("\n") == 1, error
+    assert f"python {script}.py --resume --out-dir run goes on after epoch" in error
+    assert common.load_checkpoint(tmp_path / "run")["epoch"] >= 1
+
+
+def limit_files(size: int):
+    """As a full disk: no file can grow beyond `size` bytes."""
+    return lambda: (
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "script", "victim"),
+    [(100_000, "gan", "checkpoint.pt"), (500, "gan", "real.png"), (50_000, "dcgan", "faces")],
+)
+def test_a_full_disk_gets_one_line_and_leaves_whole_files(size, script, victim, tmp_path):
+    make_folder(tmp_path / "faces")
+    options = SHORT[script].replace("faces", "./faces").split()
+    command = [sys.executable, str(ROOT / f"{script}.py"), *options, "--out-dir", "run"]
+    done = subprocess.run(
+        command, cwd=tmp_path, preexec_fn=limit_files(size), capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert victim in done.stderr and "File too large" in done.stderr
+    assert not [path for path in tmp_path.rglob(".*") if path.name.endswith(".tmp")]
+    for picture in (tmp_path / "run").rglob("*.png"):
+        Image.open(picture).load()
+
+
+def test_a_full_disk_spares_the_checkpoint_that_was_there(tmp_path):
+    command = [sys.executable, str(ROOT / "gan.py"), *SHORT["gan"].split(), "--out-dir", "run"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=100)
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    more = [*command, "--resume"]
+    more[more.index("--epochs") + 1] = "9"
+    done = subprocess.run(
+        more, cwd=tmp_path, preexec_fn=limit_files(100_000), capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2 and "checkpoint.pt" in done.stderr
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+
+
+def test_thousands_of_short_epochs_stay_flat(tmp_path):
+    """Memory and open files do not grow, the log is complete, the animation stays small."""
+
+    def memory() -> float:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    epochs = 2000
+    run, before = fake_run(tmp_path / "run", epochs=epochs), {}
+    for epoch in run.epochs():
+        for _ in run.batches():
+            run.record({"loss [nats]": torch.tensor(1.0)})
+        run.save_samples(torch.rand(64, 1, 28, 28))
+        if epoch in (200, epochs):
+            before[epoch] = memory(), len(os.listdir("/proc/self/fd"))
+    run.finish()
+    assert before[epochs][0] - before[200][0] < 30
+    assert before[epochs][1] <= before[200][1]
+    assert len((tmp_path / "run/log.csv").read_text().splitlines()) == epochs + 1
+    assert (tmp_path / "run/progress.gif").stat().st_size < 4_000_000
+    assert len(list((tmp_path / "run/samples").iterdir())) == epochs
+
+
+def test_a_clock_that_runs_backwards_changes_nothing(tmp_path, monkeypatch):
+    import time
+
+    gan = importlib.import_module("gan")
+    backwards = iter(range(10**9, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: next(backwards))
+    for name in ("a", "b"):
+        gan.main([*SHORT["gan"].split(), "--out-dir", str(tmp_path / name)])
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_two_runs_on_one_data_folder_at_once(tmp_path):
+    make_folder(tmp_path / "faces")
+    options = SHORT["dcgan"].replace("faces", "./faces").split()
+    command = [sys.executable, str(ROOT / "dcgan.py"), *options, "--out-dir"]
+    both = [subprocess.Popen([*command, name], cwd=tmp_path, stdout=subprocess.DEVNULL) for name in ("a", "b")]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b")
