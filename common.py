@@ -628,7 +628,8 @@ def build_cache(cache: Path, folder: Path, files: list[str], size: int, signatur
                     count += 1
                 else:
                     skipped += 1
-                    reasons += [f"{name} ({picture})"] if skipped <= 3 else []
+                    text = "".join(c if c.isprintable() else "?" for c in f"{name} ({picture})")
+                    reasons += [text] if skipped <= 3 else []
             progress.update(count + skipped)
         if not count:
             what = f"{len(files):,} files, none of them a usable image: {', '.join(reasons)}" if files else "no file"

@@ -165,6 +165,14 @@ def test_broken_files_are_skipped_counted_and_named(folder, capsys):
         assert f"skipped {count} files: bomb.png (too large), cut.jpg (damaged" in shown and shown.count("\n") == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
+def test_a_name_that_is_no_text_is_shown_without_harm(folder, capsys):
+    Image.new("RGB", (9, 9), RED).save(folder / "z.png")
+    Path(os.fsdecode(bytes(folder) + b"/a\xff\nb.png")).write_bytes(b"")
+    assert len(load(folder)) == 1
+    assert "skipped 1 files: a??b.png (empty)\n" in capsys.readouterr().out
+
+
 def test_an_image_with_damaged_exif_data_is_an_image(folder):
     halves(RED, BLUE).save(folder / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
     assert len(load(folder)) == 1
