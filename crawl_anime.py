@@ -63,7 +63,7 @@ USER_AGENT = f"{AGENT}/1.0 (face crops for a small generative model; at most one
 TRIES, REDIRECTS = 5, 5
 TIMEOUT, DEADLINE = 20, 120  # seconds: for one operation on a socket, and for a whole answer
 PATIENCE = 600  # seconds that a Retry-After may ask for before the crawl ends instead
-SLOWEST = 2048  # bytes a second, after ten seconds
+SLOWEST, GRACE = 2048, 10  # bytes a second that an answer must come at, but for its first seconds
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 40_000_000
 POSTS_PER_FACE = 10  # a crawl ends after this many new posts for each face asked for
@@ -359,6 +359,7 @@ class Fetcher:
         alarm = connection = None
         try:
             connection = self.connect(parts)
+            started = time.monotonic()
             # Not SSLSocket.shutdown, which forgets its TLS state under the reader's feet.
             alarm = threading.Timer(DEADLINE, socket.socket.shutdown, (connection.sock, socket.SHUT_RDWR))
             alarm.start()
@@ -366,7 +367,10 @@ class Fetcher:
             connection.request("GET", target, headers=headers)
             response = connection.getresponse()
             redirect = self.judge(response, parts, kind)
-            return self.read(response) if redirect is None else redirect
+            answer = self.read(response) if redirect is None else redirect
+            if time.monotonic() - started >= DEADLINE:  # what the alarm cut short can look whole
+                raise Unfetched("too slow", again=True)
+            return answer
         except (OSError, http.client.HTTPException) as error:
             raise Unfetched(f"no answer ({type(error).__name__})", again=True) from error
         finally:
@@ -417,9 +421,9 @@ class Fetcher:
             if len(body) > MAX_BYTES:
                 raise Unfetched("more than 20 MiB")
             seconds = time.monotonic() - started
-            if seconds > 10 and len(body) / seconds < SLOWEST:
+            if seconds > GRACE and len(body) / seconds < SLOWEST:
                 raise Unfetched("too slow", again=True)
-        if expected is not None and len(body) < expected or time.monotonic() - started > DEADLINE:
+        if expected is not None and len(body) < expected:
             raise Unfetched("broke off", again=True)
         return bytes(body)
 
@@ -430,7 +434,9 @@ class Fetcher:
     def hold(self, host: str, seconds: float) -> None:
         """No request to a host for a while."""
         if seconds > PATIENCE:
-            raise SourceError(f"{host} asks to come back in {common.clock(seconds)}: do, the same command goes on")
+            raise SourceError(
+                f"{host} asks for a long pause ({seconds / 60:,.0f} minutes): the same command goes on later"
+            )
         self.next_start[host] = max(self.next_start.get(host, 0), time.monotonic() + seconds)
 
     def robots_rules(self, parts: SplitResult) -> list[tuple[bool, str]]:
@@ -728,7 +734,11 @@ def flaw(crop: Image.Image) -> str:
     if ImageStat.Stat(ImageChops.subtract(highest, lowest)).mean[0] < GREYEST:
         return "grey"
     laplacian = ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), scale=1, offset=128)
-    return "blurred" if ImageStat.Stat(small.convert("L").filter(laplacian)).var[0] < BLURRIEST else ""
+    return (
+        "blurred"
+        if ImageStat.Stat(small.convert("L").filter(laplacian).crop((1, 1, 63, 63))).var[0] < BLURRIEST
+        else ""
+    )
 
 
 def difference_hash(crop: Image.Image) -> int:
@@ -751,8 +761,6 @@ class Folder:
 
     def __init__(self, path: str):
         self.path, self.table = Path(path), Path(path, "metadata.csv")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.path)
         for leftover in self.path.glob(".*.tmp"):  # of a crawl that was killed while it wrote
             leftover.unlink(missing_ok=True)
         self.rows = {(row["site"], row["id"]): row for row in self.read()}
@@ -826,22 +834,23 @@ class Folder:
         return len(crops)
 
 
-def lock(folder: Path):
-    """An open file that keeps other crawls out of the folder for as long as this process lives."""
-    file = open(folder / ".lock", "w")
-    try:
-        if os.name == "nt":
-            import msvcrt
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other crawls out of a folder; a killed process lets go of it, too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise common.UserError(f"another crawl is writing to {folder}: wait for it, or choose another --to") from error
-    return file
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise common.UserError(f"another crawl is writing to {folder}: wait, or choose another --to") from error
+        yield
 
 
 # --------------------------------------------------------------------------------------------------------------- a crawl
@@ -857,7 +866,13 @@ def fetch_and_crop(
     for post in posts:
         if folder.knows(post):
             continue
-        unwanted = "rating" if post.rating and post.rating not in ratings else "tag" if post.tags & FACELESS_TAGS else "no picture"
+        unwanted = (
+            "rating"
+            if post.rating and post.rating not in ratings
+            else "tag"
+            if post.tags & FACELESS_TAGS
+            else "no picture"
+        )
         if unwanted != "no picture" or not post.files:
             yield post, "skipped", unwanted, []
             continue
@@ -925,23 +940,28 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def crawl(args: argparse.Namespace) -> None:
+def main_in_folder(args: argparse.Namespace) -> None:
+    with locked(Path(args.to)):
+        folder = Folder(args.to)
+        if args.forget:
+            count = folder.forget(args.forget)
+            print(
+                f"{AGENT}: {len(args.forget)} posts forgotten, {count} crops deleted; other copies are yours to delete"
+            )
+        else:
+            crawl(args, folder)
+
+
+def crawl(args: argparse.Namespace, folder: Folder) -> None:
     """From the options to a folder of crops."""
-    folder = Folder(args.to)
-    if args.forget:
-        count = folder.forget(args.forget)
-        print(
-            f"{AGENT}: {len(args.forget)} posts forgotten, {count} crops deleted; copies elsewhere are yours to delete"
-        )
-        return
+    fetcher, posts = (None, None) if args.from_dir else source(args)
     cascade = find_cascade(args.cascade) if args.detector == "lbp" else None
     crop = functools.partial(crop_faces, cascade=cascade, min_face=args.min_face, margin=args.margin)
-    limit, fetcher = args.limit or float("inf"), None
+    limit = args.limit or float("inf")
     if args.from_dir:
         posts = [post for post in disk_posts(Path(args.from_dir), folder.path) if not folder.knows(post)]
         results, total, unit = crop_on_disk(posts, crop), len(posts), "pictures"
     else:
-        fetcher, posts = source(args)
         results = fetch_and_crop(posts, fetcher, crop, folder, args.rating)
         total, unit = (
             max(0, args.limit - folder.faces) if args.limit else len(posts),
@@ -1097,7 +1117,7 @@ def post_name(text: str, args: argparse.Namespace) -> tuple[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    common.run_command(crawl, args)
+    common.run_command(main_in_folder, args)
 
 
 if __name__ == "__main__":
