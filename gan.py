@@ -47,6 +47,16 @@ class Generator(nn.Sequential):
         super().__init__(*layers, nn.Linear(sizes[-1], 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout by one uniform draw a value, which on a CPU takes a quarter of the time of its Bernoulli draws."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return values
+        kept = torch.rand(values.shape, device=values.device) >= self.p
+        return values * kept.to(values.dtype).div_(1 - self.p)
+
+
 class Discriminator(nn.Sequential):
     """Images (N, 1, 28, 28) in [-1, 1] to logits (N,) of being real."""
 
@@ -54,7 +64,7 @@ class Discriminator(nn.Sequential):
         layers = [nn.Flatten()]
         for inputs, outputs in zip((784, *sizes), sizes):
             layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(0.2)]
-            layers += [nn.Dropout(dropout)] if dropout else []
+            layers += [Dropout(dropout)] if dropout else []
         super().__init__(*layers, nn.Linear(sizes[-1], 1), nn.Flatten(0))
 
 

@@ -36,6 +36,14 @@ def test_dropout_follows_each_hidden_layer_of_banerjee():
     assert layers == ["Flatten", *["Linear", "LeakyReLU", "Dropout"] * 3, "Linear", "Flatten"]
 
 
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    dropout, ones = gan.Dropout(0.4), torch.ones(200_000)
+    dropped = dropout(ones)
+    assert abs((dropped == 0).float().mean() - 0.4) < 0.01
+    torch.testing.assert_close(dropped.max(), torch.tensor(1 / 0.6))
+    assert torch.equal(dropout.eval()(ones), ones)
+
+
 def test_losses_are_the_cross_entropies_of_the_paper():
     real, fake = torch.tensor([0.3, -1.2, 4.0]), torch.tensor([-0.5, 2.0, 0.1])
     expected = -Bernoulli(logits=real).log_prob(torch.ones(3)) - Bernoulli(logits=fake).log_prob(torch.zeros(3))
