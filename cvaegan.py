@@ -38,6 +38,7 @@ from torch import Tensor, nn
 import common
 
 CLASSES = 10
+FEATURES = 128  # inputs of the last layer of the discriminator and of the classifier
 PRESETS = {"guo": dict(epochs=200, batch_size=128, lr=1e-4, seed=88, latent_size=100, weights="ours")}
 WEIGHTS = {
     "paper": dict(kl=3.0, mean=1e-3, class_mean=1e-3, adversarial=0.0, label=0.0),
@@ -53,54 +54,67 @@ class Encoder(nn.Module):
 
     def __init__(self, latent_size: int):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(784 + CLASSES, 512), nn.LeakyReLU(0.2),
-            nn.Linear(512, 256), nn.LeakyReLU(0.2),
-            nn.Linear(256, 2 * latent_size),
-        )  # fmt: skip
+        self.layers = linear_layers(784 + CLASSES, 512, 256)
+        self.last = nn.Linear(256, 2 * latent_size)
 
     def forward(self, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        mu, logvar = self.layers(torch.cat([images.flatten(1), classes], dim=1)).float().chunk(2, dim=1)
+        inputs = torch.cat([images.flatten(1), 5 * classes], dim=1)  # (N, 794); scaled as in the generator
+        mu, logvar = self.last(self.layers(inputs)).float().chunk(2, dim=1)
         return mu, logvar  # each (N, latent_size)
 
 
 class Generator(nn.Module):
-    """Latents (N, latent_size) and classes (N, 10), one-hot or any mixture, to images (N, 1, 28, 28) in [-1, 1].
-
-    It has no batch norm: x_f and x_p pass through it in one batch and must not see each other.
-    """
+    """Latents (N, latent_size) and classes (N, 10), one-hot or any mixture, to images (N, 1, 28, 28) in [-1, 1]."""
 
     def __init__(self, latent_size: int):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(latent_size + CLASSES, 256), nn.ReLU(),
-            nn.Linear(256, 32 * 7 * 7), nn.ReLU(), nn.Unflatten(1, (32, 7, 7)),
-            nn.ConvTranspose2d(32, 16, 4, 2, padding=1), nn.ReLU(),  # (N, 16, 14, 14)
+            nn.Linear(latent_size + CLASSES, 512), nn.BatchNorm1d(512), nn.ReLU(),
+            nn.Linear(512, 32 * 7 * 7), nn.Unflatten(1, (32, 7, 7)), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.ConvTranspose2d(32, 16, 4, 2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),  # (N, 16, 14, 14)
             nn.ConvTranspose2d(16, 1, 4, 2, padding=1), nn.Tanh(),  # (N, 1, 28, 28)
         )  # fmt: skip
 
     def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
-        return self.layers(torch.cat([latents, classes], dim=1)).float()
+        # The length of the latents is about 10: a class of length 1 would be lost among them for many epochs.
+        return self.layers(torch.cat([latents, 10 * classes], dim=1)).float()
 
 
 class Discriminator(nn.Module):
-    """Images (N, 1, 28, 28) in [-1, 1] to the features f (N, 128) that its last layer sees, and to logits (N, outputs).
+    """Images (N, 1, 28, 28) in [-1, 1] to the features f (N, 128) that its last layer sees, and to logits (N, 1)."""
 
-    With one output it tells real from generated, with ten it is the classifier.
-    """
-
-    def __init__(self, channels: int, outputs: int):
+    def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(1, channels, 4, 2, padding=1), nn.LeakyReLU(0.2),  # (N, channels, 14, 14)
-            nn.Conv2d(channels, 2 * channels, 4, 2, padding=1), nn.LeakyReLU(0.2),  # (N, 2 * channels, 7, 7)
-            nn.Flatten(), nn.Linear(2 * channels * 7 * 7, 128), nn.LeakyReLU(0.2),
+            nn.Conv2d(1, 16, 4, 2, padding=1), nn.LeakyReLU(0.2),  # (N, 16, 14, 14)
+            nn.Conv2d(16, 32, 4, 2, padding=1), nn.LeakyReLU(0.2),  # (N, 32, 7, 7)
+            nn.Flatten(), nn.Linear(32 * 7 * 7, FEATURES), nn.LeakyReLU(0.2),
         )  # fmt: skip
-        self.last = nn.Linear(128, outputs)
+        self.last = nn.Linear(FEATURES, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.layers(images)
         return features.float(), self.last(features).float()
+
+
+class Classifier(nn.Module):
+    """Images (N, 1, 28, 28) in [-1, 1] to the features f (N, 128) that its last layer sees, and to logits (N, 10)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = linear_layers(784, 512, 256, FEATURES)
+        self.last = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.layers(images.flatten(1))
+        return features.float(), self.last(features).float()
+
+
+def linear_layers(*sizes: int) -> nn.Sequential:
+    layers = []
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers)
 
 
 class ClassMeans(nn.Module):
@@ -111,8 +125,8 @@ class ClassMeans(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("real", torch.zeros(CLASSES, 128))
-        self.register_buffer("prior", torch.zeros(CLASSES, 128))
+        self.register_buffer("real", torch.zeros(CLASSES, FEATURES))
+        self.register_buffer("prior", torch.zeros(CLASSES, FEATURES))
 
     def forward(self, name: str, features: Tensor, classes: Tensor) -> Tensor:
         """Take in a batch: features (N, 128), classes (N, 10). The gradient flows through the batch's share alone."""
@@ -129,8 +143,8 @@ def build(args: Namespace) -> dict[str, nn.Module]:
     networks = dict(
         encoder=Encoder(args.latent_size),
         generator=Generator(args.latent_size),
-        discriminator=Discriminator(16, outputs=1),
-        classifier=Discriminator(8, outputs=CLASSES),
+        discriminator=Discriminator(),
+        classifier=Classifier(),
         class_means=ClassMeans(),
     )
     return {name: network.to(memory_format=torch.channels_last) for name, network in networks.items()}
@@ -192,14 +206,16 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
         noise, prior_latents = common.randn(len(images), 2, args.latent_size, device=compute.device).unbind(1)
         with compute.autocast():
             mu, logvar = encoder(real, classes)
-            latents = torch.cat([reparameterize(mu, logvar, noise), prior_latents])  # (2N, latent_size)
-            # The prior's classes are the batch's own: they are random too, and L_GC then finds each as often on both sides.
-            drawn = generator(latents, classes.repeat(2, 1))  # (2N, 1, 28, 28): x_f and x_p
+            # Each in a batch of its own, so that batch norm lets no loss of x_p reach the encoder. The prior's classes are
+            # the batch's: they are random too, and L_GC then finds each class as often on both sides.
+            reconstructed = generator(reparameterize(mu, logvar, noise), classes)  # x_f (N, 1, 28, 28)
+            drawn = torch.cat(
+                [reconstructed, generator(prior_latents, classes)]
+            )  # x_f and x_p (2N, 1, 28, 28)
             real_features, real_logits = discriminator(real)
             drawn_features, drawn_logits = discriminator(drawn)
             real_class_features, real_class_logits = classifier(real)
             drawn_class_features, drawn_class_logits = classifier(drawn)
-        reconstructed, _ = drawn.chunk(2)
         reconstructed_features, prior_features = drawn_features.chunk(2)
         reconstructed_logits, prior_logits = drawn_logits.chunk(2)
         reconstructed_class_features, prior_class_features = drawn_class_features.chunk(2)
