@@ -1,32 +1,38 @@
 """Compare finished runs by figures: what the reports judged by eye, measured, with nothing to download.
 
-    python compare.py runs/*                        # the table of all runs, and comparison.{md,csv,json,png}
-    python compare.py runs/* --to assets/results    # the same as assets/results.{md,csv,json,png}
-    python compare.py --grid gan.py --lr 1e-4 2e-4 3e-4 --batch-size 64 128 --epochs 5    # a grid search
-    python compare.py --grid vae.py --epochs 5 --repeat 3                                 # mean and deviation over seeds
+    python compare.py runs/*                         # the table of all runs, and comparison.{md,csv,json,png}
+    python compare.py runs/* --to assets/results     # the same as assets/results.{md,csv,json,png}
+    python compare.py --grid gan.py --lr 1e-4 2e-4 3e-4 --batch-size 64 128 --epochs 5     # a grid search
+    python compare.py --grid vae.py --epochs 5 --repeat 3               # mean and deviation over three seeds
 
-10,000 samples of each run, rounded to bytes as a file would hold them, meet the 10,000 test images. The row "real
-images" puts real training images in the samples' place (for a folder: one half of it against the other): the floor of
-every column. Features are those of the judge, a small network trained once on the real images and kept as
-judge-NAME.pt in the data folder. With labels it is a classifier (99.5 % of MNIST's test images right). A folder of
-images has no labels: there the judge learns to tell two crops of one image from crops of others (Chen et al. 2020, arXiv
-2002.05709). It sees 32x32 pixels, so it can tell whether poses, colours and layouts are those of the real images and
-as varied, but not whether details are right, and its figures compare with no other folder's.
+10,000 samples of each run, rounded to bytes as a file would hold them, meet the test images. The row "real
+images" puts real training images in the samples' place (of a folder, one half of it meets the other): the
+floor of every column.
 
-| column | what it says |
-| --- | --- |
-| parameters, epochs, minutes, images/s | weights of all networks; what the training took, by the run's own log |
-| Fréchet | distance of the Gaussians fitted to real and drawn features (Heusel et al. 2017, arXiv 1706.08500, eq. 6), in percent of the real features' variance: 0 is perfect, 100 what the average picture alone would get |
-| precision, recall | share of samples that lie among real images; share of real images that lie among samples (Kynkäänniemi et al. 2019, arXiv 1904.06991; k = 3, 5,000 images each): quality and variety |
-| classes, KL [nats] | classes that get at least a tenth of their real share; divergence of the shares from the real ones: collapse |
-| sharpness | slope of the edges over the real images' slope, below 1: blurred |
-| noise | size of lone pixels, brighter or darker than all eight around them, over the real images', above 1: speckled |
-| walk | evenness of the steps between two latents, in features: 1 when all are equal, 1/16 when one takes it all |
-| agreement | share of samples that the judge puts in the class that was asked for |
-| ELBO, bound [nats] | bounds on log p(x) of the test images (vae.py explains both) |
-| Wasserstein | sliced Wasserstein distance of 7x7 patches on a Laplacian pyramid, times 1,000 (Karras et al. 2018, arXiv 1710.10196, section 5): texture at every scale, and nothing of the layout |
+    parameters     weights of all networks; epochs, minutes and images/s are from the run's own log
+    Frechet        Frechet distance of the features of real images and samples, in percent of the real ones' variance:
+                   100 is the score of a model that repeats one image with average features (Heusel et al. 2017)
+    precision      share of the samples that lie among real images: quality (Kynkäänniemi et al. 2019)
+    recall         share of the real images that lie among samples: variety; both with k = 3 and 5,000 images
+    classes        how many of the classes get at least a tenth of their real share of the samples
+    KL [nats]      divergence of the samples' shares of the classes from the real ones: 0 is perfect
+    sharpness      slope of the edges, over that of real images; below 1 is blurred
+    noise          size of lone pixels, brighter or darker than all eight around, over that of real images;
+                   above 1 is speckled
+    walk           evenness of 16 steps between two latents, in features: 1 when all are equal, 1/16 for one jump
+    agreement      share of the samples in which the judge sees the class that was asked for
+    ELBO, bound    bounds on log p(x) of the test images, in nats; the importance-weighted one is measured by its
+                   gap above the ELBO on 250 of them
+    Wasserstein    sliced Wasserstein distance of 7x7 patches at every scale, times 1,000 (Karras et al. 2018)
 
-A script joins by its function `load_sampler(checkpoint, device) -> common.Sampler`, and by nothing else.
+Features are those of the judge, a small network trained once on the training images, kept as judge-NAME.pt
+in the data folder. With labels it classifies (99.4 % of MNIST's test images right), badly drawn images too,
+so that blur and speckle are not taken for another class. A folder of images has no labels: there the judge
+learns to know an image by any crop of it (Chen et al. 2020). It looks at 32x32 pixels, so that it can tell
+whether poses, colours and layouts are real and varied, but not whether fine detail is right: Wasserstein and
+sharpness can, and these know nothing of layout. Figures of two judges, or of two data sets, don't compare.
+
+A script joins by its function `load_sampler(checkpoint, device) -> common.Sampler` and by nothing else.
 """
 
 # /// script
@@ -45,13 +51,13 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 
 import common
@@ -60,16 +66,16 @@ SAMPLES = 10_000
 NEIGHBOURHOODS = 5_000  # images of each side for precision and recall, whose values depend on it
 WALKS, STEPS = 200, 16
 BOUND_IMAGES = 250  # test images on which the gap between both bounds is measured: 500 decodings each
-JUDGE = dict(version=1, batch_size=256, lr=5e-3, widths=[32, 64, 128], features=128, shift=2, temperature=0.2)
+JUDGE = dict(version=2, batch_size=256, lr=5e-3, widths=[32, 64, 128], features=128, shift=2, temperature=0.2)
 
 # figure: digits after the point
 COLUMNS = {
-    "parameters": 0, "epochs": 0, "minutes": 1, "images/s": 0, "Fréchet": 2, "precision": 3, "recall": 3, "classes": 0,
+    "parameters": 0, "epochs": 0, "minutes": 1, "images/s": 0, "Frechet": 2, "precision": 3, "recall": 3, "classes": 0,
     "KL [nats]": 3, "Wasserstein": 1, "sharpness": 2, "noise": 2, "walk": 3, "agreement": 4, "ELBO [nats]": 1,
     "bound [nats]": 1,
 }  # fmt: skip
 
-# ------------------------------------------------------------------------------------------------------------- the judge
+# -------------------------------------------------------------------------------------------------- the judge
 
 
 class Judge(nn.Module):
@@ -87,6 +93,7 @@ class Judge(nn.Module):
         layers += [nn.Flatten(), nn.Linear(inputs * side * side, features, bias=False)]
         self.trunk = nn.Sequential(*layers, nn.BatchNorm1d(features), nn.ReLU())
         self.head = nn.Linear(features, outputs)
+        self.to(memory_format=torch.channels_last)
 
     def shrink(self, images: Tensor) -> Tensor:
         """uint8 of any size to floats in [0, 1] of at most 32x32."""
@@ -95,7 +102,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def look(self, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """uint8 (N, C, H, W) to features float64 (N, 128) and the index of the largest output (N,), on the CPU."""
+        """uint8 (N, C, H, W) to features float64 (N, 128) and the class, or largest output, (N,): on the CPU."""
         self.eval()
         features, classes = [], []
         for chunk in images.split(500):
@@ -106,7 +113,7 @@ class Judge(nn.Module):
 
 
 def contrastive_loss(one: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """Each projection (N, d) must find its partner among all 2N - 1 others, in nats (Chen et al. 2020, eq. 1)."""
+    """Every projection (N, d) must find its partner among 2N - 1, in nats (Chen et al. 2020, 2002.05709, eq. 1)."""
     both = F.normalize(torch.cat([one, other]))  # (2N, d)
     logits = both @ both.T / temperature
     logits = logits.masked_fill(torch.eye(len(both), dtype=torch.bool, device=both.device), -math.inf)
@@ -123,8 +130,19 @@ def shifted(images: Tensor, most: int) -> Tensor:
     return padded[torch.arange(n, device=images.device)[:, None, None], rows, columns].permute(0, 3, 1, 2)
 
 
+def worsened(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) blurred, dimmed and speckled, each half of the time, by random amounts.
+
+    A badly drawn eight is an eight to the eye; to a classifier of clean images it is a one.
+    """
+    much = (2 * torch.rand(3, len(images), 1, 1, 1, device=images.device) - 1).clamp(min=0)
+    blurred = F.avg_pool2d(F.avg_pool2d(images, 3, 1, 1), 3, 1, 1)
+    dimmed = images.lerp(blurred, much[0]) * (1 - 0.7 * much[1])
+    return dimmed + 0.3 * much[2] * torch.randn_like(images)
+
+
 def cropped(images: Tensor) -> Tensor:
-    """Of each image a random crop of half to all of its side, mirrored at random, its channels up to 20 % stronger or weaker."""
+    """A random crop of each image, half to all of its side, perhaps mirrored, its channels 20 % more or less."""
     n, channels = images.shape[:2]
     sides = torch.empty(n, 1, device=images.device).uniform_(0.5, 1)
     corners = torch.empty(n, 2, device=images.device).uniform_(-1, 1) * (1 - sides)
@@ -139,26 +157,21 @@ def train_judge(data: common.Data, compute: common.Compute, steps: int) -> Judge
     """A classifier of shifted images, or without labels a network that knows an image by any crop of it."""
     common.seed_everything(0)
     outputs = 64 if data.labels is None else int(data.labels.max()) + 1
-    judge = Judge(data.images.shape[1], data.images.shape[-1], outputs)
-    judge = judge.to(compute.device, memory_format=torch.channels_last)
+    judge = Judge(data.images.shape[1], data.images.shape[-1], outputs).to(compute.device)
     optimizer = torch.optim.AdamW(judge.parameters(), JUDGE["lr"], weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, JUDGE["lr"], total_steps=steps)
     progress, batch_size = common.Progress(steps, "steps of the judge"), JUDGE["batch_size"]
-    picks = itertools.chain.from_iterable(
-        torch.randperm(len(data.images)).split(batch_size) for _ in itertools.count()
-    )
+    picks = itertools.chain.from_iterable(torch.randperm(len(data.images)).split(batch_size) for _ in itertools.count())
     for step in range(steps):
         picked = next(picks)
-        images = judge.shrink(data.images[picked].to(compute.device)).contiguous(
-            memory_format=torch.channels_last
-        )
+        images = judge.shrink(data.images[picked].to(compute.device)).contiguous(memory_format=torch.channels_last)
         with compute.autocast():
             if data.labels is None:
                 views = torch.cat([cropped(images), cropped(images)])
                 outputs = judge.head(judge.trunk(views)).float()
                 loss = contrastive_loss(*outputs.chunk(2), JUDGE["temperature"])
             else:
-                logits = judge.head(judge.trunk(shifted(images, JUDGE["shift"]))).float()
+                logits = judge.head(judge.trunk(worsened(shifted(images, JUDGE["shift"])))).float()
                 loss = F.cross_entropy(logits, data.labels[picked].to(compute.device))
         optimizer.zero_grad()
         loss.backward()
@@ -169,7 +182,7 @@ def train_judge(data: common.Data, compute: common.Compute, steps: int) -> Judge
 
 
 def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Compute) -> Judge:
-    """The judge of a data set: kept as judge-NAME.pt in the data folder, trained anew when its settings or images change."""
+    """The judge of a data set, kept in the data folder; trained anew when its settings or the images change."""
     path = Path(data_dir, f"judge-{name}.pt")
     some = data.images[:: math.ceil(len(data.images) / 1000)].contiguous()
     images = f"{list(data.images.shape)} {hashlib.sha256(some.numpy().tobytes()).hexdigest()}"
@@ -191,18 +204,17 @@ def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Comp
 
 
 def judge_steps(data: common.Data) -> int:
-    """Four epochs of MNIST; the like for other sets."""
-    return min(1000, max(250, len(data.images) // 64))
+    """Five epochs of MNIST; more of smaller sets."""
+    return min(1200, max(250, len(data.images) // 50))
 
 
-# ---------------------------------------------------------------------------------------------------------- the measures
+# ----------------------------------------------------------------------------------------------- the measures
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features (N, d) and (M, d) (Heusel et al. 2017, eq. 6).
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features (N, d), (M, d) (Heusel et al. 2017, 1706.08500, eq. 6).
 
-    tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of C1 C2, which are those of the symmetric
-    C1^(1/2) C2 C1^(1/2).
+    C1 C2 has the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2); the sum of their roots is the last trace.
     """
     one, other = one.double(), other.double()
     covariance, covariance2 = one.T.cov(), other.T.cov()
@@ -214,7 +226,7 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
 
 
 def lies_among(points: Tensor, others: Tensor, k: int = 3) -> float:
-    """Share of points (N, d) within the reach of any of others (M, d): its distance to its k-th neighbour among them."""
+    """Share of points (N, d) nearer to one of others (M, d) than is its own k-th neighbour among the others."""
     # The nearest of all is the point itself.
     reach = torch.cat([torch.cdist(chunk, others).kthvalue(k + 1).values for chunk in others.split(1000)])
     inside = [(torch.cdist(chunk, others) <= reach).any(1) for chunk in points.split(1000)]
@@ -222,7 +234,7 @@ def lies_among(points: Tensor, others: Tensor, k: int = 3) -> float:
 
 
 def precision_and_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
-    """Of features (N, d): the share of fake that lies among real, and the reverse (Kynkäänniemi et al. 2019, eq. 2)."""
+    """Of features (N, d), share of fake among real and the reverse (Kynkäänniemi et al. 2019, 1904.06991, eq. 2)."""
     return lies_among(fake, real), lies_among(real, fake)
 
 
@@ -234,19 +246,20 @@ def class_figures(shares: Tensor, real_shares: Tensor) -> tuple[int, float]:
 
 def split_speckle(images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) as calm + speckle: calm has every pixel within the range of the eight around it."""
+    height, width = images.shape[-2:]
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
-    around = (
-        padded.unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)[..., [0, 1, 2, 3, 5, 6, 7, 8]]
-    )  # (N, C, H, W, 8)
-    calm = images.clamp(around.amin(-1), around.amax(-1))
+    places = [place for place in itertools.product(range(3), range(3)) if place != (1, 1)]
+    around = torch.stack([padded[..., y : y + height, x : x + width] for y, x in places])  # (8, N, C, H, W)
+    calm = images.clamp(around.amin(0), around.amax(0))
     return calm, images - calm
 
 
 def texture(images: Tensor) -> tuple[float, float]:
-    """Slope of the edges and size of the speckle in uint8 images (N, C, H, W), in brightnesses (0 to 1), a pixel for the slope.
+    """Slope of the edges [brightness a pixel] and size of the speckle [brightness, 0 to 1] of uint8 (N, C, H, W).
 
-    The slope is sum g^3 / sum g^2 over the gradients g without speckle: an edge of height h that takes w pixels counts with
-    h / w, however many edges there are, and faint ripples hardly count. The speckle is the root of its mean square.
+    The slope is sum g^3 / sum g^2 over the gradients g of the images without speckle: an edge of height h that
+    takes w pixels counts as h / w, however many edges there are, and faint ripples hardly count. The size of
+    the speckle is the root of its mean square.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for chunk in images.split(250):
@@ -258,13 +271,13 @@ def texture(images: Tensor) -> tuple[float, float]:
 
 
 def evenness(features: Tensor) -> float:
-    """(sum d)^2 / (n sum d^2) of the n steps d along walks (W, n + 1, f), mean over walks: 1 for equal steps, 1/n for one jump."""
+    """(sum d)^2 / (n sum d^2) of the n steps d of each walk (W, n + 1, f), mean: 1 if equal, 1/n for one jump."""
     steps = features.diff(dim=1).norm(dim=2).double()  # (W, n)
     return (steps.sum(1).square() / (steps.shape[1] * steps.square().sum(1)).clamp(min=1e-12)).mean().item()
 
 
 def interpolate(start: Tensor, end: Tensor, count: int) -> Tensor:
-    """Latents (W, d) to (W, count, d) on the great circle between them, so that none has an unlikely length (White 2016, 1609.04468)."""
+    """Latents (W, d) to (W, count, d) on the arc between them: a chord would leave the likely lengths (White 2016)."""
     along = torch.linspace(0, 1, count)[:, None]
     angle = F.cosine_similarity(start, end).clamp(-0.9999, 0.9999).acos()[:, None, None]
     start, end = start[:, None], end[:, None]
@@ -279,29 +292,23 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     while images.shape[-1] >= 32:
         padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
         smaller = F.conv2d(padded, kernel, stride=2, groups=images.shape[1])
-        levels.append(
-            images - F.interpolate(smaller, images.shape[-2:], mode="bilinear", align_corners=False)
-        )
+        levels.append(images - F.interpolate(smaller, images.shape[-2:], mode="bilinear", align_corners=False))
         images = smaller
     return [*levels, images]
 
 
 def patches(images: Tensor, per_image: int, generator: torch.Generator) -> Tensor:
-    """Random 7x7 patches of (N, C, H, W) as rows (N * per_image, C * 49), each channel standardised over all (Karras et al.)."""
-    n, channels, height, width = images.shape
+    """Random 7x7 patches of (N, C, H, W): (N * per_image, 7, 7, C)."""
+    n, _, height, width = images.shape
     which = torch.arange(n).repeat_interleave(per_image)[:, None, None]
     rows = torch.randint(height - 6, (len(which), 1, 1), generator=generator) + torch.arange(7)[:, None]
     columns = torch.randint(width - 6, (len(which), 1, 1), generator=generator) + torch.arange(7)
-    found = images.permute(0, 2, 3, 1)[which, rows, columns]  # (N * per_image, 7, 7, C)
-    found = (found - found.mean((0, 1, 2))) / found.std((0, 1, 2)).clamp(min=1e-8)
-    return found.flatten(1)
+    return images.permute(0, 2, 3, 1)[which, rows, columns]
 
 
 def sliced_distance(one: Tensor, other: Tensor, directions: int = 256) -> float:
-    """Sliced Wasserstein-1 distance of two sets of as many points (N, d): the mean over random directions (Karras et al. 2018)."""
-    lines = F.normalize(
-        torch.randn(one.shape[1], directions, generator=torch.Generator().manual_seed(0)), dim=0
-    )
+    """Sliced Wasserstein-1 distance of two sets of N points (N, d): the mean over random directions."""
+    lines = F.normalize(torch.randn(one.shape[1], directions, generator=torch.Generator().manual_seed(0)), dim=0)
     distances = [
         ((one @ some).sort(dim=0).values - (other @ some).sort(dim=0).values).abs().mean(0)
         for some in lines.split(32, dim=1)
@@ -309,17 +316,23 @@ def sliced_distance(one: Tensor, other: Tensor, directions: int = 256) -> float:
     return torch.cat(distances).mean().item()
 
 
-def sliced_wasserstein(one: Tensor, other: Tensor, per_image: int = 16) -> float:
-    """Sliced Wasserstein distance of uint8 images (N, C, H, W): mean over the levels of the pyramid, times 1,000."""
-    count = min(len(one), len(other), NEIGHBOURHOODS)
+def sliced_wasserstein(real: Tensor, fake: Tensor, per_image: int = 16) -> float:
+    """Sliced Wasserstein distance of uint8 images (N, C, H, W), mean over the levels of the pyramid, times 1,000.
+
+    Both sides are standardised by the real patches' mean and deviation of each channel. Karras et al. (2018,
+    arXiv 1710.10196, section 5) standardise each by its own, which forgives a lack of contrast in details: blur.
+    """
+    count = min(len(real), len(fake), NEIGHBOURHOODS)
     generator, distances = torch.Generator().manual_seed(0), []
-    pyramids = [laplacian_pyramid(common.to_unit(images[:count])) for images in (one, other)]
+    pyramids = [laplacian_pyramid(common.to_unit(images[:count])) for images in (real, fake)]
     for levels in zip(*pyramids):
-        distances.append(sliced_distance(*(patches(level, per_image, generator) for level in levels)))
+        one, other = (patches(level, per_image, generator) for level in levels)
+        mean, deviation = one.mean((0, 1, 2)), one.std((0, 1, 2)).clamp(min=1e-8)
+        distances.append(sliced_distance(*(((side - mean) / deviation).flatten(1) for side in (one, other))))
     return 1000 * statistics.fmean(distances)
 
 
-# ------------------------------------------------------------------------------------------------ the reals and the runs
+# ------------------------------------------------------------------------------------- the reals and the runs
 
 
 class Reals(NamedTuple):
@@ -357,7 +370,7 @@ def load_reals(dataset: str, size: int | None, data_dir: str, compute: common.Co
     scale = 10 / features.var(0).sum().sqrt().item()
     shares = accuracy = None
     if data.labels is not None:
-        shares = classes.bincount(minlength=10) / len(classes)
+        shares = classes.bincount(minlength=10).clamp(min=1) / len(classes)
         accuracy = (classes == labels).double().mean().item()
     return Reals(name, images, floor, judge, features * scale, scale, shares, accuracy, texture(images))
 
@@ -371,7 +384,7 @@ class Run(NamedTuple):
 
 
 def load_run(folder: str | Path, device: torch.device) -> Run:
-    """A run from its folder. Raises UserError when it has no checkpoint, or one that is damaged or of no script here."""
+    """A run from its folder. UserError when it has no checkpoint, or one that is damaged or of no script here."""
     folder = Path(folder)
     if not (folder / "checkpoint.pt").is_file():
         raise common.UserError(f"{folder} holds no run: there is no checkpoint.pt in it")
@@ -385,21 +398,17 @@ def load_run(folder: str | Path, device: torch.device) -> Run:
         history = checkpoint["history"]
         rates = [row["images per second"] for row in history]
         figures = dict(
-            parameters=sampler.parameters,
-            epochs=len(history),
-            minutes=sum(row["seconds"] for row in history) / 60,
+            parameters=sampler.parameters, epochs=len(history), minutes=sum(row["seconds"] for row in history) / 60
         )
         figures["images/s"] = statistics.median(rates)
         if len(history) < options["epochs"]:
             figures["epochs asked"] = options["epochs"]
-        size = options.get("image_size")
+        size = None if options["dataset"] in common.LABELLED else options["image_size"]
         return Run(folder.resolve().name, options["dataset"], size, sampler, figures)
     except common.UserError as error:
         raise common.UserError(f"{folder}: {error}") from error
     except Exception as error:  # a damaged checkpoint raises whatever its contents lead to
-        raise common.UserError(
-            f"{folder}: the checkpoint is damaged ({type(error).__name__}: {error})"
-        ) from error
+        raise common.UserError(f"{folder}: the checkpoint is damaged ({type(error).__name__}: {error})") from error
 
 
 def scripts() -> set[str]:
@@ -413,10 +422,8 @@ def measure(images: Tensor, labels: Tensor | None, reals: Reals, device: torch.d
     features, classes = reals.judge.look(images, device)
     features = features * reals.scale
     few = min(len(features), len(reals.features), NEIGHBOURHOODS)
-    figures = {"Fréchet": frechet_distance(reals.features, features)}
-    figures["precision"], figures["recall"] = precision_and_recall(
-        reals.features[:few].float(), features[:few].float()
-    )
+    figures = {"Frechet": frechet_distance(reals.features, features)}
+    figures["precision"], figures["recall"] = precision_and_recall(reals.features[:few].float(), features[:few].float())
     if reals.shares is not None:
         shares = classes.bincount(minlength=len(reals.shares)) / len(classes)
         figures["classes"], figures["KL [nats]"] = class_figures(shares, reals.shares)
@@ -440,20 +447,18 @@ def walk(sampler: common.Sampler, count: int, steps: int, device: torch.device) 
     return torch.stack(pictures)
 
 
-def measure_run(
-    run: Run, reals: Reals, count: int, device: torch.device, progress: Callable
-) -> tuple[dict, list[Tensor]]:
-    """All figures of a run, and the pictures that show it: twelve samples and a walk in eight."""
-    chunks, labels = [], []
-    for images, asked in common.draw(run.sampler, count, 0, device):
-        chunks.append(images)
-        labels.append(asked)
-        progress(len(images), run.name)
-    images = torch.cat(chunks)
-    figures = run.figures | measure(images, torch.cat(labels) if run.sampler.classes else None, reals, device)
+def measure_run(run: Run, reals: Reals, count: int, device: torch.device) -> tuple[dict, list[Tensor]]:
+    """All figures of a run, and the pictures that show it: twelve samples, then a walk in eight."""
+    chunks, progress = [], common.Progress(count, f"samples of {run.name}")
+    for chunk in common.draw(run.sampler, count, 0, device):
+        chunks.append(chunk)
+        progress.update(sum(len(images) for images, _ in chunks))
+    images = torch.cat([images for images, _ in chunks])
+    labels = torch.cat([labels for _, labels in chunks]) if run.sampler.classes else None
+    figures = run.figures | measure(images, labels, reals, device)
     walks = walk(run.sampler, WALKS, STEPS, device)
-    features = reals.judge.look(walks.flatten(0, 1), device)[0].view(WALKS, STEPS + 1, -1)
-    figures["walk"] = evenness(features)
+    features, _ = reals.judge.look(walks.flatten(0, 1), device)
+    figures["walk"] = evenness(features.view(WALKS, STEPS + 1, -1))
     if run.sampler.evaluate is not None:
         common.seed_everything(0)
         figures |= bounds(run.sampler.evaluate, reals.images)
@@ -467,11 +472,11 @@ def bounds(evaluate: Callable, images: Tensor) -> dict[str, float]:
     return {"ELBO [nats]": elbo, "bound [nats]": elbo + few_bound - few_elbo}
 
 
-# ------------------------------------------------------------------------------------------------------------ the report
+# ------------------------------------------------------------------------------------------------- the report
 
 
 class Table(NamedTuple):
-    """One data set's rows: a dict of figures each, with "run" its name and perhaps "deviations", a dict of as many."""
+    """One data set's rows, the floor first: "run" and the figures, and "FIGURE deviation" over several seeds."""
 
     reals: Reals
     rows: list[dict]
@@ -479,24 +484,20 @@ class Table(NamedTuple):
 
 
 def compare(runs: list[Run], args: Namespace, compute: common.Compute) -> list[Table]:
-    """Measure runs, a table for each data set among them; the first row of each is the floor."""
-    start, done, tables = common.Progress(len(runs) * args.samples, "samples"), 0, []
-
-    def advance(count: int, name: str) -> None:
-        nonlocal done
-        done += count
-        start.update(done, f"({name})")
-
+    """Measure runs: a table for each data set among them."""
     groups: dict = {}
     for run in runs:
         groups.setdefault((run.dataset, run.size), []).append(run)
+    tables, done = [], 0
     for (dataset, size), members in groups.items():
         reals = load_reals(dataset, size, args.data_dir, compute)
         floor = measure(reals.floor.images, reals.floor.labels, reals, compute.device)
-        table = Table(reals, [dict(run="real images", **floor)], [list(reals.floor.images[:20])])
+        table = Table(reals, [{"run": "real images"} | floor], [list(reals.floor.images[:20])])
         for run in members:
-            figures, pictures = measure_run(run, reals, args.samples, compute.device, advance)
-            table.rows.append(dict(run=run.name, **figures))
+            done += 1
+            print(f"compare: measuring {run.name}, {done} of {len(runs)}", flush=True)
+            figures, pictures = measure_run(run, reals, args.samples, compute.device)
+            table.rows.append({"run": run.name} | figures)
             table.pictures.append(pictures)
         tables.append(table)
     return tables
@@ -504,115 +505,70 @@ def compare(runs: list[Run], args: Namespace, compute: common.Compute) -> list[T
 
 def title(table: Table) -> str:
     reals = table.reals
-    judge = f", judge right on {reals.accuracy:.1%} of them" if reals.accuracy else ""
-    return f"{reals.name}: measured against {len(reals.images):,} {'test ' if reals.accuracy else ''}images{judge}"
+    if reals.accuracy is None:
+        return f"{reals.name}: measured against {len(reals.images):,} images"
+    return f"{reals.name}: measured against {len(reals.images):,} test images, {reals.accuracy:.2%} known to the judge"
 
 
 def cell(row: dict, name: str) -> str:
     """A figure as the tables show it: empty where there is none, with its deviation where there is one."""
     if name not in row:
         return ""
-    text = f"{row[name]:,.{COLUMNS[name]}f}"
-    if "epochs asked" in row and name == "epochs":
-        return f"{text} of {row['epochs asked']}"
-    deviation, digits = row.get("deviations", {}).get(name), max(1, COLUMNS[name])
-    return f"{row[name]:,.{digits}f} ± {deviation:,.{digits}f}" if deviation else text
+    if name == "epochs" and "epochs asked" in row:
+        return f"{row[name]:.0f} of {row['epochs asked']:.0f}"
+    deviation = row.get(f"{name} deviation")
+    digits = COLUMNS[name] if not deviation else max(1, COLUMNS[name])
+    return f"{row[name]:,.{digits}f}" + (f" ± {deviation:,.{digits}f}" if deviation else "")
 
 
-def as_text(table: Table) -> list[list[str]]:
-    """Header and rows of a table, without the columns that no run fills."""
+def lay_out(table: Table, markdown: bool) -> str:
+    """The table in aligned columns, without those that no run fills."""
     names = [name for name in COLUMNS if any(name in row for row in table.rows[1:])]
-    return [["run", *names], *([row["run"], *(cell(row, name) for name in names)] for row in table.rows)]
-
-
-def aligned(lines: list[list[str]], left: str, between: str, right: str) -> list[str]:
-    """Cells padded to the width of their column: the first to the left, numbers to the right."""
+    lines = [["run", *names], *([row["run"], *(cell(row, name) for name in names)] for row in table.rows)]
+    if markdown:
+        lines.insert(1, ["---", *["--:"] * len(names)])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = (
-        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines
-    )
-    return [left + between.join(cells) + right for cells in padded]
-
-
-def as_markdown(tables: list[Table]) -> str:
-    parts = []
-    for table in tables:
-        header, *rows = aligned(as_text(table), "| ", " | ", " |")
-        rule = "|".join(
-            [
-                "",
-                *("-" * (len(c) - 1) + (":" if i else "-") for i, c in enumerate(header.split("|")[1:-1])),
-                "",
-            ]
-        )
-        parts += [title(table), "", header, rule, *rows, ""]
-    return "\n".join(parts)
-
-
-def as_csv(tables: list[Table]) -> Iterator[list]:
-    """All tables as one, in full precision, with the deviations after the figures."""
-    deviations = any("deviations" in row for table in tables for row in table.rows)
-    yield ["dataset", "run", *COLUMNS, *(f"{name} deviation" for name in COLUMNS if deviations)]
-    for table in tables:
-        for row in table.rows:
-            spread = [row.get("deviations", {}).get(name, "") for name in COLUMNS if deviations]
-            yield [table.reals.name, row["run"], *(row.get(name, "") for name in COLUMNS), *spread]
-
-
-def as_json(tables: list[Table], samples: int) -> dict:
-    groups = {
-        table.reals.name: dict(
-            judge_accuracy=table.reals.accuracy, test_images=len(table.reals.images), rows=table.rows
-        )
-        for table in tables
-    }
-    return dict(samples=samples, torch=torch.__version__, datasets=groups)
+    padded = [[line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" if markdown else "  ".join(line) for line in padded)
 
 
 def draw_rows(tables: list[Table]) -> Image.Image:
     """Each row's pictures under its name and main figures: twelve samples and a walk, or twenty real images."""
-    font, height, width, strips = ImageFont.load_default(size=16), 0, 0, []
+    panels = []
     for table in tables:
         for row, pictures in zip(table.rows, table.pictures):
-            shown = ("Fréchet", "precision", "recall", "classes", "sharpness", "noise", "walk")
-            caption = f"{row['run']}:  " + "   ".join(f"{n} {cell(row, n)}" for n in shown if n in row)
+            shown = ("Frechet", "precision", "recall", "classes", "sharpness", "noise", "walk")
+            caption = "    ".join([row["run"], *(f"{name} {cell(row, name)}" for name in shown if name in row)])
             tiles = common.to_unit(torch.stack(pictures))
-            scale = max(1, 64 // tiles.shape[-1])
-            tiles = F.interpolate(tiles, scale_factor=scale, mode="nearest")
-            left, right = (
-                common.to_picture(common.grid(part, len(part))) for part in (tiles[:12], tiles[12:])
-            )
-            strips.append((caption, left, right))
-            height += left.height + 28
-            width = max(width, left.width + right.width + 12, math.ceil(font.getlength(caption)) + 8)
-    figure, y = Image.new("RGB", (width, height + 4), "white"), 0
-    for caption, left, right in strips:
-        ImageDraw.Draw(figure).text((4, y + 5), caption, "black", font)
-        figure.paste(left, (0, y + 28))
-        figure.paste(right, (left.width + 12, y + 28))
-        y += left.height + 28
-    return figure
+            tiles = F.interpolate(tiles, scale_factor=max(1, 64 // tiles.shape[-1]), mode="nearest")
+            samples, walked = common.grid(tiles[:12], 12), common.grid(tiles[12:], 8)
+            gap = torch.ones(*samples.shape[:2], 12)
+            panels.append((caption.replace("±", "+-"), common.to_picture(torch.cat([samples, gap, walked], dim=2))))
+    return common.label_panels(panels, columns=1)
 
 
 def report(tables: list[Table], args: Namespace) -> None:
     """Print the tables and write them, with the picture, to PREFIX.md, .csv, .json and .png."""
     for table in tables:
-        print("\n" + title(table))
-        print("\n".join(aligned(as_text(table), "", "  ", "")))
-    prefix = str(args.to)
-    with common.replacing(f"{prefix}.md") as path:
-        path.write_text(as_markdown(tables), encoding="utf-8")
-    with common.replacing(f"{prefix}.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(as_csv(tables))
-    with common.replacing(f"{prefix}.json") as path:
-        path.write_text(
-            json.dumps(as_json(tables, args.samples), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-    common.write_picture(f"{prefix}.png", draw_rows(tables))
-    print(f"\ncompare: written to {prefix}.md, .csv, .json and .png: look at {prefix}.png")
+        print(f"\n{title(table)}\n{lay_out(table, markdown=False)}")
+    rows = [{"dataset": table.reals.name} | row for table in tables for row in table.rows]
+    with common.replacing(f"{args.to}.md") as path:
+        text = "\n".join(f"{title(table)}\n\n{lay_out(table, markdown=True)}\n" for table in tables)
+        path.write_text(text, encoding="utf-8")
+    with common.replacing(f"{args.to}.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+        names = {name: None for row in rows for name in row}
+        writer = csv.DictWriter(file, sorted(names, key=["dataset", "run", *COLUMNS, *names].index))
+        writer.writeheader()
+        writer.writerows(rows)
+    judges = {table.reals.name: table.reals.accuracy for table in tables}
+    results = dict(samples=args.samples, torch=torch.__version__, judge_accuracy=judges, rows=rows)
+    with common.replacing(f"{args.to}.json") as path:
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    common.write_picture(f"{args.to}.png", draw_rows(tables))
+    print(f"\ncompare: written to {args.to}.md, .csv, .json and .png: look at {args.to}.png")
 
 
-# ---------------------------------------------------------------------------------------------------------- grid searches
+# ---------------------------------------------------------------------------------------------- grid searches
 
 
 class Trial(NamedTuple):
@@ -647,9 +603,7 @@ def list_trials(script: str, options: dict[str, list[str]], repeat: int) -> list
         # Where the data lie and what computes do not make another run.
         defining = {name: value for name, value in pairs.items() if name not in ("--data-dir", "--device")}
         for seed in seeds:
-            parts = [
-                f"{name[2:]}={Path(value).name}" if value else name[2:] for name, value in defining.items()
-            ]
+            parts = [f"{name[2:]}={Path(value).name}" if value else name[2:] for name, value in defining.items()]
             folder = Path("runs", "grid", "_".join([script, *parts, f"seed={seed}"]))
             trials.append(Trial(label or script, words, ["--seed", seed], folder))
     return trials
@@ -658,9 +612,7 @@ def list_trials(script: str, options: dict[str, list[str]], repeat: int) -> list
 def train_trials(script: str, trials: list[Trial]) -> list[Trial]:
     """Train what is not trained yet, one run after the other; returns the trials that ended well."""
     module = importlib.import_module(script)
-    epochs = [
-        module.parse_args([*trial.words, *trial.seed]).epochs for trial in trials
-    ]  # a bad option ends it here
+    epochs = [module.parse_args([*trial.words, *trial.seed]).epochs for trial in trials]  # a bad option ends it here
     finished, spent, trained = [], 0.0, 0
     for i, (trial, asked) in enumerate(zip(trials, epochs)):
         begun = (trial.folder / "checkpoint.pt").exists()
@@ -668,13 +620,7 @@ def train_trials(script: str, trials: list[Trial]) -> list[Trial]:
             left = f", about {common.clock(spent / trained * (len(trials) - i))} left" if trained else ""
             print(f"\ncompare: run {i + 1} of {len(trials)}: {trial.folder.name}{left}", flush=True)
             start = time.monotonic()
-            command = [
-                *trial.words,
-                *trial.seed,
-                "--out-dir",
-                str(trial.folder),
-                *(["--resume"] if begun else []),
-            ]
+            command = [*trial.words, *trial.seed, "--out-dir", str(trial.folder), *(["--resume"] if begun else [])]
             status = subprocess.run(
                 [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *command]
             ).returncode
@@ -691,26 +637,23 @@ def train_trials(script: str, trials: list[Trial]) -> list[Trial]:
 
 
 def rank(table: Table, trials: list[Trial]) -> Table:
-    """Rows of one label as their mean, with deviations where there are several; the smallest Fréchet distance first."""
-    rows, pictures = [], []
+    """One row a combination, means and deviations over its seeds, the smallest Frechet distance first."""
+    ranked = []
     for label in dict.fromkeys(trial.label for trial in trials):
         places = [i for i, trial in enumerate(trials, start=1) if trial.label == label]
-        members = [table.rows[i] for i in places]
-        names = [name for name in COLUMNS if name in members[0]]
-        row = {"run": label} | {name: statistics.fmean(member[name] for member in members) for name in names}
-        if len(members) > 1:
-            row["deviations"] = {name: statistics.stdev(member[name] for member in members) for name in names}
-        rows.append(row)
-        pictures.append(table.pictures[places[0]])
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["Fréchet"])
-    return Table(
-        table.reals,
-        [table.rows[0], *(rows[i] for i in order)],
-        [table.pictures[0], *(pictures[i] for i in order)],
-    )
+        row: dict = {"run": label}
+        for name in (name for name in COLUMNS if name in table.rows[places[0]]):
+            values = [float(table.rows[i][name]) for i in places]
+            row[name] = statistics.fmean(values)
+            if len(values) > 1:
+                row[f"{name} deviation"] = statistics.stdev(values)
+        ranked.append((row, table.pictures[places[0]]))
+    ranked.sort(key=lambda pair: pair[0]["Frechet"])
+    rows, pictures = zip((table.rows[0], table.pictures[0]), *ranked)
+    return Table(table.reals, list(rows), list(pictures))
 
 
-# ------------------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 
 def search(args: Namespace) -> None:
@@ -721,7 +664,7 @@ def search(args: Namespace) -> None:
     tables = [rank(compare(runs, args, compute)[0], trials)]
     report(tables, args)
     best = next(trial for trial in trials if trial.label == tables[0].rows[1]["run"])
-    print(f"compare: best by Fréchet distance: python {args.grid}.py {' '.join(best.words)}")
+    print(f"compare: best by Frechet distance: python {args.grid}.py {' '.join(best.words)}")
 
 
 def study(args: Namespace) -> None:
@@ -733,15 +676,11 @@ def study(args: Namespace) -> None:
 
 
 def take_grid(argv: list[str]) -> tuple[list[str], str | None, dict[str, list[str]]]:
-    """Split a command line into our own words, the script that --grid names, and that script's options with their values."""
+    """Split a command line into our own words, the script that --grid names, and its options with their values."""
     if "--grid" not in argv:
         return argv, None, {}
     place = argv.index("--grid")
-    own, script, words = (
-        argv[:place],
-        "".join(argv[place + 1 : place + 2]).removesuffix(".py"),
-        argv[place + 2 :],
-    )
+    own, script, words = (argv[:place], "".join(argv[place + 1 : place + 2]).removesuffix(".py"), argv[place + 2 :])
     if script not in scripts():
         raise common.UserError(f"--grid takes one of {', '.join(sorted(f'{name}.py' for name in scripts()))}")
     options: dict[str, list[str]] = {}
@@ -769,13 +708,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         metavar="SCRIPT",
         help="train SCRIPT with every combination of the option values that follow, and rank them",
     )
-    add(
-        "--repeat",
-        type=common.number(int, 1),
-        default=1,
-        metavar="N",
-        help="train each combination with N seeds (1)",
-    )
+    add("--repeat", type=common.number(int, 1), default=1, metavar="N", help="train each combination with N seeds (1)")
     add(
         "--samples",
         type=common.number(int, 100),
@@ -783,12 +716,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         metavar="N",
         help=f"samples drawn of each run ({SAMPLES})",
     )
-    add(
-        "--to",
-        default="comparison",
-        metavar="PREFIX",
-        help="writes PREFIX.md, .csv, .json and .png (comparison)",
-    )
+    add("--to", default="comparison", metavar="PREFIX", help="writes PREFIX.md, .csv, .json and .png (comparison)")
     add("--data-dir", default="data", metavar="DIR", help="folder of the data sets and judges (data)")
     add(
         "--device",
