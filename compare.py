@@ -79,12 +79,12 @@ COLUMNS = {
 
 
 class Judge(nn.Module):
-    """Images (N, C, H, W) in [0, 1] to features (N, 128), and these to class logits or a projection (N, outputs)."""
+    """Images (N, C, H, W) in [0, 1] to features (N, 128); these to logits of ten classes, or to 64 numbers."""
 
-    def __init__(self, channels: int, size: int, outputs: int):
+    def __init__(self, data: common.Data):
         super().__init__()
-        self.size = min(size, 32)
-        layers, inputs = [], channels
+        inputs, self.size = data.images.shape[1], min(data.images.shape[-1], 32)
+        layers: list[nn.Module] = []
         for width in JUDGE["widths"]:
             layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             layers += [nn.MaxPool2d(2)]
@@ -92,7 +92,7 @@ class Judge(nn.Module):
         side, features = self.size // 8, JUDGE["features"]
         layers += [nn.Flatten(), nn.Linear(inputs * side * side, features, bias=False)]
         self.trunk = nn.Sequential(*layers, nn.BatchNorm1d(features), nn.ReLU())
-        self.head = nn.Linear(features, outputs)
+        self.head = nn.Linear(features, 64 if data.labels is None else 10)
         self.to(memory_format=torch.channels_last)
 
     def shrink(self, images: Tensor) -> Tensor:
@@ -156,8 +156,7 @@ def cropped(images: Tensor) -> Tensor:
 def train_judge(data: common.Data, compute: common.Compute, steps: int) -> Judge:
     """A classifier of shifted images, or without labels a network that knows an image by any crop of it."""
     common.seed_everything(0)
-    outputs = 64 if data.labels is None else int(data.labels.max()) + 1
-    judge = Judge(data.images.shape[1], data.images.shape[-1], outputs).to(compute.device)
+    judge = Judge(data).to(compute.device)
     optimizer = torch.optim.AdamW(judge.parameters(), JUDGE["lr"], weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, JUDGE["lr"], total_steps=steps)
     progress, batch_size = common.Progress(steps, "steps of the judge"), JUDGE["batch_size"]
@@ -187,8 +186,7 @@ def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Comp
     some = data.images[:: math.ceil(len(data.images) / 1000)].contiguous()
     images = f"{list(data.images.shape)} {hashlib.sha256(some.numpy().tobytes()).hexdigest()}"
     settings = JUDGE | dict(images=images, steps=judge_steps(data))
-    outputs = 64 if data.labels is None else 10
-    judge = Judge(data.images.shape[1], data.images.shape[-1], outputs).to(compute.device)
+    judge = Judge(data).to(compute.device)
     try:
         kept = torch.load(path, map_location=compute.device, weights_only=True)
         if kept["settings"] == settings:
@@ -391,20 +389,21 @@ def load_run(folder: str | Path, device: torch.device) -> Run:
     checkpoint = common.load_checkpoint(folder)
     script, options = checkpoint["script"], checkpoint["options"]
     # The checkpoint may be anybody's: it may name no code but the scripts beside this one.
-    if script not in scripts():
+    if not isinstance(script, str) or script not in scripts():
         raise common.UserError(f"{folder} is a run of {script!r}: there is no such script here")
     try:
         sampler = importlib.import_module(script).load_sampler(checkpoint, device)
-        history = checkpoint["history"]
-        rates = [row["images per second"] for row in history]
-        figures = dict(
-            parameters=sampler.parameters, epochs=len(history), minutes=sum(row["seconds"] for row in history) / 60
-        )
-        figures["images/s"] = statistics.median(rates)
+        history, dataset = checkpoint["history"], str(options["dataset"])
+        figures = {
+            "parameters": sampler.parameters,
+            "epochs": len(history),
+            "minutes": sum(row["seconds"] for row in history) / 60,
+            "images/s": statistics.median(row["images per second"] for row in history),
+        }
         if len(history) < options["epochs"]:
             figures["epochs asked"] = options["epochs"]
-        size = None if options["dataset"] in common.LABELLED else options["image_size"]
-        return Run(folder.resolve().name, options["dataset"], size, sampler, figures)
+        size = None if dataset in common.LABELLED else options["image_size"]
+        return Run(folder.resolve().name, dataset, size, sampler, figures)
     except common.UserError as error:
         raise common.UserError(f"{folder}: {error}") from error
     except Exception as error:  # a damaged checkpoint raises whatever its contents lead to

@@ -69,8 +69,7 @@ MAX_PIXELS = 40_000_000
 POSTS_PER_FACE = 10  # a crawl ends after this many new posts for each face asked for
 FAILURES = 10  # in a row, after which the source counts as broken
 
-FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "GIF": (".gif",)}
-SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+FORMATS, SUFFIXES = ["JPEG", "PNG", "WEBP", "GIF"], (".jpg", ".jpeg", ".png", ".webp", ".gif")
 RATINGS = ("general", "sensitive", "questionable", "explicit")
 FACELESS_TAGS = set("photo_(medium) 3d monochrome greyscale sketch lineart comic no_humans animated".split())
 
@@ -84,11 +83,10 @@ CASCADE_SHA256 = "9376d30ac38db6bda2a68b88b3b76bbd7e6aa33af47f7f5c76bc88ca75f1ce
 CROP_SIZE = 256  # pixels
 DETECTION_SIZE = 1000  # larger pictures are shrunk to this, in pixels, before the detector looks
 SMALLEST_FACE = 48  # pixels of the shrunk picture: what the detector was measured with
-GREYEST, BLURRIEST, NEAREST = (
-    8,
-    100,
-    4,
-)  # below the 0.2 % most extreme of 3,000 faces of the usual data set; see the uses
+# A crop under these is dropped, as none to 0.3 % of 3,000 faces of the usual data set would be.
+GREYEST = 8  # mean of an image's largest minus smallest channel, of 255
+BLURRIEST = 100  # variance of its Laplacian at 64x64
+NEAREST = 4  # of a hash's 64 bits that differ
 
 
 class SourceError(common.UserError):
@@ -295,8 +293,8 @@ class Fetcher:
             except Unfetched as error:
                 if not error.again or attempt == TRIES - 1:
                     raise
-                host = urlsplit(address).hostname
-                self.hold(host, self.delay * 2**attempt * random.uniform(1, 2))
+                pause = self.delay * 2**attempt * random.uniform(1, 2)
+                self.hold(urlsplit(address).hostname, min(pause, PATIENCE))
 
     def follow(self, address: str, kind: str) -> bytes:
         for _ in range(1 + REDIRECTS):
@@ -353,31 +351,23 @@ class Fetcher:
     def get(self, parts: SplitResult, kind: str) -> bytes | str:
         """One request: the body, or where a redirect leads."""
         self.wait_for_turn(parts.hostname)
-        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (
-            "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?[]") if parts.query else ""
-        )
-        alarm = connection = None
+        target = escape(parts.path or "/") + ("?" + escape(parts.query) if parts.query else "")
+        headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
         try:
-            connection = self.connect(parts)
-            started = time.monotonic()
-            # Not SSLSocket.shutdown, which forgets its TLS state under the reader's feet.
-            alarm = threading.Timer(DEADLINE, socket.socket.shutdown, (connection.sock, socket.SHUT_RDWR))
-            alarm.start()
-            headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
-            connection.request("GET", target, headers=headers)
-            response = connection.getresponse()
-            redirect = self.judge(response, parts, kind)
-            answer = self.read(response) if redirect is None else redirect
-            if time.monotonic() - started >= DEADLINE:  # what the alarm cut short can look whole
-                raise Unfetched("too slow", again=True)
-            return answer
+            with contextlib.ExitStack() as stack:
+                connection = stack.enter_context(contextlib.closing(self.connect(parts)))
+                started, alarm = time.monotonic(), threading.Timer(DEADLINE, hang_up, [connection.sock])
+                stack.callback(alarm.cancel)
+                alarm.start()
+                connection.request("GET", target, headers=headers)
+                response = stack.enter_context(connection.getresponse())
+                redirect = self.judge(response, parts, kind)
+                answer = self.read(response) if redirect is None else redirect
+                if time.monotonic() - started >= DEADLINE:  # what the alarm cut short can look whole
+                    raise Unfetched("too slow", again=True)
+                return answer
         except (OSError, http.client.HTTPException) as error:
             raise Unfetched(f"no answer ({type(error).__name__})", again=True) from error
-        finally:
-            if alarm:
-                alarm.cancel()
-            if connection:
-                connection.close()
 
     def judge(self, response: http.client.HTTPResponse, parts: SplitResult, kind: str) -> str | None:
         """Where a redirect leads, or None if the body is worth reading."""
@@ -387,7 +377,7 @@ class Fetcher:
         if status in (403, 503) and "challenge" in headers.get("cf-mitigated", ""):
             raise SourceError(f"{host} asks to prove that a person is there, which a program must not work around")
         if status in (421, 429, 503):
-            self.pace[host] = min(60, 2 * self.pace.get(host, self.delay))
+            self.pace[host] = max(self.delay, min(60, 2 * self.pace.get(host, self.delay)))
             self.hold(host, retry_after(headers.get("Retry-After", "")))
         if status in (408, 421, 425, 429) or status >= 500:
             raise Unfetched(f"HTTP {status}", again=True, status=status)
@@ -398,16 +388,10 @@ class Fetcher:
         if headers.get("Content-Encoding", "identity").lower() != "identity":
             raise Unfetched("compressed, though not asked for")
         if kind == "picture":
-            if (
-                re.search(r"\b(noai|noimageai|noml)\b", " ".join(headers.get_all("X-Robots-Tag", [])), re.IGNORECASE)
-                or headers.get("TDM-Reservation") == "1"
-            ):
+            robots = " ".join(headers.get_all("X-Robots-Tag", []))
+            if re.search(r"\b(noai|noimageai|noml)\b", robots, re.IGNORECASE) or headers.get("TDM-Reservation") == "1":
                 raise Unfetched("not for training (X-Robots-Tag)")
-            if (
-                not headers.get("Content-Type", "image/")
-                .lower()
-                .startswith(("image/", "application/octet-stream", "binary/"))
-            ):
+            if not re.match(r"image/|application/octet-stream", headers.get("Content-Type", "image/"), re.IGNORECASE):
                 raise Unfetched("not a picture")
         return None
 
@@ -458,6 +442,17 @@ def origin(parts: SplitResult) -> tuple[str, str, int]:
         (parts.hostname or "").rstrip("."),
         parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0),
     )
+
+
+def escape(text: str) -> str:
+    """A path or query as it may stand in a request; what is escaped already stays."""
+    return quote(text, safe="/%:@!$&'()*+,;=~?[]")
+
+
+def hang_up(connected: socket.socket) -> None:
+    """End whatever waits for a socket. Not by SSLSocket.shutdown, which drops its TLS state under the reader's feet."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 def is_public(address: str) -> bool:
@@ -688,15 +683,14 @@ def crop_faces(picture: bytes | str, cascade: str | None, min_face: int, margin:
 
 def decode(picture: bytes | str) -> Image.Image:
     """RGB, upright, on white."""
+    file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
     try:
-        with (
-            warnings.catch_warnings(),
-            Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=list(FORMATS)) as image,
-        ):
-            warnings.simplefilter("ignore")  # about sizes, for which the limit below is stricter, and bad metadata
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes, for which the limit here is stricter, and bad metadata
+            image = Image.open(file, formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise Unusable("more than 40 million pixels")
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
                 raise Unusable("grey")
             image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
@@ -725,8 +719,7 @@ def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> Crop:
 
 
 def flaw(crop: Image.Image) -> str:
-    """Why a crop is of no use, or nothing: hardly any colour (mean range of the channels), or hardly any edge (variance of
-    the Laplacian), both at the 64x64 pixels that are trained on."""
+    """Why a crop is of no use, or nothing: hardly any colour, or hardly any edge, at the 64x64 that are trained on."""
     small = crop.resize((64, 64), Image.Resampling.LANCZOS)
     red, green, blue = small.split()
     highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
@@ -734,11 +727,8 @@ def flaw(crop: Image.Image) -> str:
     if ImageStat.Stat(ImageChops.subtract(highest, lowest)).mean[0] < GREYEST:
         return "grey"
     laplacian = ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), scale=1, offset=128)
-    return (
-        "blurred"
-        if ImageStat.Stat(small.convert("L").filter(laplacian).crop((1, 1, 63, 63))).var[0] < BLURRIEST
-        else ""
-    )
+    edges = small.convert("L").filter(laplacian).crop((1, 1, 63, 63))  # the filter leaves the border as it was
+    return "blurred" if ImageStat.Stat(edges).var[0] < BLURRIEST else ""
 
 
 def difference_hash(crop: Image.Image) -> int:
@@ -761,8 +751,9 @@ class Folder:
 
     def __init__(self, path: str):
         self.path, self.table = Path(path), Path(path, "metadata.csv")
-        for leftover in self.path.glob(".*.tmp"):  # of a crawl that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        for name in (".*-*.jpg.*.tmp", ".metadata.csv.*.tmp"):  # of a crawl that was killed while it wrote
+            for leftover in self.path.glob(name):
+                leftover.unlink(missing_ok=True)
         self.rows = {(row["site"], row["id"]): row for row in self.read()}
         self.hashes = [int(word, 16) for row in self.rows.values() for word in row["hashes"].split()]
         self.faces = sum(len(row["crops"].split()) for row in self.rows.values())
@@ -792,20 +783,18 @@ class Folder:
     def knows(self, post: Post) -> bool:
         return self.rows.get((post.site, post.id), {}).get("outcome", "failed") != "failed"
 
-    def add(
-        self, post: Post, outcome: str, reason: str = "", crops: list[Crop] | tuple = ()
-    ) -> tuple[str, collections.Counter]:
-        """Save a post's crops, then its row. Returns what became of it, and what of its crops was dropped."""
-        kept, dropped = [], collections.Counter()
+    def add(self, post: Post, outcome: str, reason: str, crops: list[Crop]) -> list[str]:
+        """Save a post's crops, then its row. Returns the reasons for which it, or some of its crops, was dropped."""
+        kept, dropped = [], []
         for crop in crops:
             near = any((crop.hash ^ known).bit_count() <= NEAREST for known in self.hashes)
             if why := crop.flaw or ("near-duplicate" if near else ""):
-                dropped[why] += 1
+                dropped.append(why)
             else:
                 kept.append(crop)
                 self.hashes.append(crop.hash)
         if outcome == "faces" and not kept:
-            outcome, reason = "none", ", ".join(dropped) or "no face"
+            outcome, reason = "none", ", ".join(dict.fromkeys(dropped)) or "no face"
         names = [f"{post.site}-{post.id}-{number}.jpg" for number in range(len(kept))]
         for name, crop in zip(names, kept):
             with common.replacing(self.path / name) as temporary:
@@ -820,7 +809,7 @@ class Folder:
             file.write(line.getvalue().encode())
             os.fsync(file.fileno())
         self.faces += len(kept)
-        return reason or outcome, dropped
+        return dropped or ([reason] if reason else [])
 
     def forget(self, names: list[tuple[str, str]]) -> int:
         """Mark posts as never to be fetched, then delete their crops; returns how many."""
@@ -866,15 +855,8 @@ def fetch_and_crop(
     for post in posts:
         if folder.knows(post):
             continue
-        unwanted = (
-            "rating"
-            if post.rating and post.rating not in ratings
-            else "tag"
-            if post.tags & FACELESS_TAGS
-            else "no picture"
-        )
-        if unwanted != "no picture" or not post.files:
-            yield post, "skipped", unwanted, []
+        if reason := unwanted(post, ratings):
+            yield post, "skipped", reason, []
             continue
         try:
             yield post, "faces", "", crop(fetch_picture(fetcher, post))
@@ -889,6 +871,13 @@ def fetch_and_crop(
                 raise SourceError(f"{failures} pictures in a row could not be fetched ({error.reason})") from error
 
 
+def unwanted(post: Post, ratings: list[str]) -> str:
+    """Why a post is not worth a request, or nothing."""
+    if post.rating and post.rating not in ratings:
+        return "rating"
+    return "tag" if post.tags & FACELESS_TAGS else "" if post.files else "no picture"
+
+
 def fetch_picture(fetcher: Fetcher, post: Post) -> bytes:
     """The first of a post's files that is there."""
     for address, md5 in post.files:
@@ -898,8 +887,8 @@ def fetch_picture(fetcher: Fetcher, post: Post) -> bytes:
                 raise Unfetched("damaged: another MD5")
             return body
         except Unfetched as error:
-            failure = error
-    raise failure
+            if error.status not in (404, 410) or address == post.files[-1][0]:
+                raise
 
 
 def crop_on_disk(posts: list[Post], crop: Callable) -> Iterator[Result]:
@@ -940,76 +929,65 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def main_in_folder(args: argparse.Namespace) -> None:
+def crawl(args: argparse.Namespace) -> None:
+    """From the options to a folder of crops."""
     with locked(Path(args.to)):
         folder = Folder(args.to)
         if args.forget:
-            count = folder.forget(args.forget)
-            print(
-                f"{AGENT}: {len(args.forget)} posts forgotten, {count} crops deleted; other copies are yours to delete"
-            )
+            print(f"{AGENT}: {len(args.forget)} posts forgotten, {folder.forget(args.forget)} crops deleted")
+            return
+        fetcher, posts = source(args)
+        cascade = find_cascade(args.cascade) if args.detector == "lbp" else None
+        crop = functools.partial(crop_faces, cascade=cascade, min_face=args.min_face, margin=args.margin)
+        if fetcher:
+            results = fetch_and_crop(posts, fetcher, crop, folder, args.rating)
         else:
-            crawl(args, folder)
+            posts = [post for post in posts if not folder.knows(post)]
+            results = crop_on_disk(posts, crop)
+        print(f"{AGENT}: {args.to} has {folder.faces:,} faces of {len(folder.rows):,} posts", flush=True)
+        end = collect(results, folder, args.limit, 0 if args.limit else len(list(posts)), fetcher)
+        print(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
+        name = "anime" if Path(args.to).resolve() == Path("data/anime").resolve() else shlex.quote(args.to)
+        advice = f"next: python dcgan.py --dataset {name}" if folder.faces else "no face yet: try other --tags"
+        print(f"{AGENT}: {advice}")
 
 
-def crawl(args: argparse.Namespace, folder: Folder) -> None:
-    """From the options to a folder of crops."""
-    fetcher, posts = (None, None) if args.from_dir else source(args)
-    cascade = find_cascade(args.cascade) if args.detector == "lbp" else None
-    crop = functools.partial(crop_faces, cascade=cascade, min_face=args.min_face, margin=args.margin)
-    limit = args.limit or float("inf")
-    if args.from_dir:
-        posts = [post for post in disk_posts(Path(args.from_dir), folder.path) if not folder.knows(post)]
-        results, total, unit = crop_on_disk(posts, crop), len(posts), "pictures"
-    else:
-        results = fetch_and_crop(posts, fetcher, crop, folder, args.rating)
-        total, unit = (
-            max(0, args.limit - folder.faces) if args.limit else len(posts),
-            "faces" if args.limit else "pictures",
-        )
-    before, progress, counts = folder.faces, common.Progress(total, unit), collections.Counter()
-    print(f"{AGENT}: {args.to} has {before:,} faces of {len(folder.rows):,} posts", flush=True)
+def collect(
+    results: Iterator[Result], folder: Folder, limit: int | None, pictures: int, fetcher: Fetcher | None
+) -> str:
+    """Save results up to the limit of faces, with a line of progress; returns what ended it."""
+    before, new, counts = folder.faces, 0, collections.Counter()
+    progress = common.Progress(max(0, limit - before) if limit else pictures, "faces" if limit else "pictures")
 
     def summary() -> str:
-        megabytes = f", {fetcher.bytes / 1e6:.1f} MB" if fetcher else ""
-        others = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common() if reason != "posts")
-        return f"{folder.faces - before:,} faces of {counts['posts']:,} posts{megabytes}" + (
-            f"; skipped: {others}" if others else ""
+        text = f"{folder.faces - before:,} faces of {new:,} posts" + (
+            f", {fetcher.bytes / 1e6:.1f} MB" if fetcher else ""
+        )
+        return text + "".join(
+            f"{', ' if i else '; skipped: '}{n:,} {why}" for i, (why, n) in enumerate(counts.most_common())
         )
 
-    end = "the end of the source"
     try:
-        while folder.faces < limit and counts["posts"] < POSTS_PER_FACE * limit and (result := next(results, None)):
-            outcome, dropped = folder.add(*result)
-            counts.update({"posts": 1} | dropped | ({outcome: 1} if outcome not in ("faces", *dropped) else {}))
-            progress.update(folder.faces - before if unit == "faces" else counts["posts"], "· " + summary())
+        while not limit or folder.faces < limit:
+            if limit and new >= POSTS_PER_FACE * limit:
+                return f"{POSTS_PER_FACE} posts for each face asked for"
+            if not (result := next(results, None)):
+                return "the end of the source"
+            new, skipped = new + 1, folder.add(*result)
+            counts.update(skipped)
+            progress.update(folder.faces - before if limit else new, "· " + summary())
+        return "the limit"
     except KeyboardInterrupt:
-        progress.close(f"{AGENT}: {summary()}")
         raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
-    except common.UserError:
-        progress.close(f"{AGENT}: {summary()}")
-        raise
     finally:
         results.close()
-    end = (
-        "the limit"
-        if folder.faces >= limit
-        else "ten posts a face"
-        if counts["posts"] >= POSTS_PER_FACE * limit
-        else end
-    )
-    progress.close(f"{AGENT}: {summary()}")
-    name = "anime" if Path(args.to).resolve() == Path("data/anime").resolve() else shlex.quote(args.to)
-    print(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
-    print(
-        f"{AGENT}: next: python dcgan.py --dataset {name}"
-        if folder.faces
-        else f"{AGENT}: no faces found: other --tags, or a smaller --min-face, may help"
-    )
+        progress.close(f"{AGENT}: {summary()}")
 
 
-def source(args: argparse.Namespace) -> tuple[Fetcher, Iterator[Post]]:
-    """Who fetches and what is there to be fetched."""
+def source(args: argparse.Namespace) -> tuple[Fetcher | None, Iterator[Post] | list[Post]]:
+    """Who fetches, unless it is on this disk, and what is there to be cropped."""
+    if args.from_dir:
+        return None, disk_posts(Path(args.from_dir), Path(args.to))
     if args.urls:
         posts = list(listed_posts(args.urls))
         hosts = {host for post in posts if (host := hostname(post.files[0][0]))}
@@ -1117,7 +1095,7 @@ def post_name(text: str, args: argparse.Namespace) -> tuple[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    common.run_command(main_in_folder, args)
+    common.run_command(crawl, args)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ FEATURES = 128  # inputs of the last layer of the discriminator and of the class
 PRESETS = {"guo": dict(epochs=200, batch_size=128, lr=1e-4, seed=88, latent_size=100, weights="ours")}
 WEIGHTS = {
     "paper": dict(kl=3.0, mean=1e-3, class_mean=1e-3, adversarial=0.0, label=0.0),
-    "ours": dict(kl=0.3, mean=1.0, class_mean=1.0, adversarial=10.0, label=3.0),
+    "ours": dict(kl=1.0, mean=0.1, class_mean=0.01, adversarial=1.0, label=3.0),
 }
 DECAY = (
     0.9  # of the moving averages in L_GC: a batch holds about 13 images of a class, the averages about 130

@@ -76,7 +76,7 @@ def build(args: Namespace) -> dict[str, nn.Module]:
 
 
 def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """-log D(x) - log(1 - D(G(z))), mean over the batch, in nats (Goodfellow et al., eq. 1): 2 log 2 if it can't tell."""
+    """-log D(x) - log(1 - D(G(z))), batch mean, in nats (Goodfellow et al., eq. 1); 2 log 2 = 1.386 by guessing."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 

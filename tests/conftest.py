@@ -39,22 +39,17 @@ def real_data() -> Path:
     return folder.resolve()
 
 
-@pytest.fixture
-def idx_files(tmp_path):
-    """A function that writes a tiny MNIST in torchvision's layout: `count` train and 10 test images."""
-
-    def write(count: int = 40, folder: Path = tmp_path) -> Path:
-        raw = folder / "MNIST" / "raw"
-        raw.mkdir(parents=True)
-        for prefix, n in (("train", count), ("t10k", 10)):
-            pixels = torch.randint(0, 256, (n, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
-            header = b"\0\0\x08\x03" + n.to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
-            (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.numpy().tobytes())
-            labels = bytes(i % 10 for i in range(n))
-            (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + n.to_bytes(4, "big") + labels)
-        return folder
-
-    return write
+def write_idx(folder: Path, count: int = 40) -> Path:
+    """A tiny MNIST in torchvision's layout: `count` train and 10 test images of noise."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, n in (("train", count), ("t10k", 10)):
+        pixels = torch.randint(0, 256, (n, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+        header = b"\0\0\x08\x03" + n.to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.numpy().tobytes())
+        labels = bytes(i % 10 for i in range(n))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + n.to_bytes(4, "big") + labels)
+    return folder
 
 
 def tensors_of(checkpoint: dict) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 import common
 import gan
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_idx
 
 
 def test_digits_are_labelled_balanced_varied_and_always_the_same():
@@ -33,16 +33,16 @@ def test_digits_are_labelled_balanced_varied_and_always_the_same():
     assert border < 2  # digits stay inside their pictures
 
 
-def test_idx_files_are_read_as_they_are(idx_files):
-    data = common.load_data("mnist", idx_files(40))
+def test_idx_files_are_read_as_they_are(tmp_path):
+    data = common.load_data("mnist", write_idx(tmp_path, 40))
     expected = torch.randint(0, 256, (40, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(40))
     assert torch.equal(data.images, expected[:, None])
     assert data.labels.tolist() == [i % 10 for i in range(40)] and data.labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "empty", "folder", "swapped"])
-def test_damaged_idx_files_are_named(idx_files, damage):
-    folder = idx_files(40)
+def test_damaged_idx_files_are_named(tmp_path, damage):
+    folder = write_idx(tmp_path, 40)
     file = folder / "MNIST/raw/train-images-idx3-ubyte"
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-5])
@@ -219,7 +219,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 
 def test_saving_takes_a_bounded_part_of_the_time(tmp_path, monkeypatch):
-    """With epochs of no length the checkpoint is written now and then, not after each; the log is complete at the end."""
+    """Epochs of no length are saved now and then, not each; at the end the log is complete."""
     run = fake_run(tmp_path / "run", epochs=300)
     saves, save = [], run.save
     monkeypatch.setattr(run, "save", lambda epoch: (saves.append(epoch), save(epoch)))
