@@ -41,8 +41,10 @@ A script joins by its function `load_sampler(checkpoint, device) -> common.Sampl
 # ///
 
 import csv
+import glob
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import math
@@ -86,8 +88,8 @@ class Judge(nn.Module):
         inputs, self.size = data.images.shape[1], min(data.images.shape[-1], 32)
         layers: list[nn.Module] = []
         for width in JUDGE["widths"]:
-            layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)]
+            convolution = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
             inputs = width
         side, features = self.size // 8, JUDGE["features"]
         layers += [nn.Flatten(), nn.Linear(inputs * side * side, features, bias=False)]
@@ -159,10 +161,9 @@ def train_judge(data: common.Data, compute: common.Compute, steps: int) -> Judge
     judge = Judge(data).to(compute.device)
     optimizer = torch.optim.AdamW(judge.parameters(), JUDGE["lr"], weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, JUDGE["lr"], total_steps=steps)
-    progress, batch_size = common.Progress(steps, "steps of the judge"), JUDGE["batch_size"]
-    picks = itertools.chain.from_iterable(torch.randperm(len(data.images)).split(batch_size) for _ in itertools.count())
+    progress = common.Progress(steps, "steps of the judge")
     for step in range(steps):
-        picked = next(picks)
+        picked = torch.randperm(len(data.images))[: JUDGE["batch_size"]]
         images = judge.shrink(data.images[picked].to(compute.device)).contiguous(memory_format=torch.channels_last)
         with compute.autocast():
             if data.labels is None:
@@ -196,8 +197,10 @@ def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Comp
         pass
     print(f"training the judge of {name}, once: it is kept as {path}", flush=True)
     judge = train_judge(data, compute, settings["steps"])
+    buffer = io.BytesIO()
+    torch.save(dict(settings=settings, weights=judge.state_dict()), buffer)
     with common.replacing(path) as temporary:
-        torch.save(dict(settings=settings, weights=judge.state_dict()), temporary)
+        temporary.write_bytes(buffer.getbuffer())
     return judge
 
 
@@ -349,7 +352,7 @@ class Reals(NamedTuple):
 
 def load_reals(dataset: str, size: int | None, data_dir: str, compute: common.Compute) -> Reals:
     """Test images, floor and judge of a data set. Raises UserError when the data is absent or has under 20 images."""
-    name = Path(dataset).name
+    name = Path(dataset).name + (f"-{size}" if size else "")
     data = common.load_data(dataset, data_dir, size=size)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(data.images), generator=generator)
@@ -583,12 +586,10 @@ def list_trials(script: str, options: dict[str, list[str]], repeat: int) -> list
     """Every combination of the options' values, `repeat` seeds each. Options without a value stay as they are."""
     for name in ("--out-dir", "--resume", "--sample", "--evaluate"):
         if name in options:
-            raise common.UserError(
-                f"{name} has no place in a grid: every run gets its own folder and resumes by itself"
-            )
+            raise common.UserError(f"{name} has no place in a grid, whose runs have folders and resume by themselves")
     if len(options.get("--dataset", [])) > 1:
         raise common.UserError("a grid ranks runs on one data set: give --dataset one value")
-    seeds = options.get("--seed", ["0"])
+    seeds = options.get("--seed") or ["0"]
     if repeat > 1:
         if len(seeds) > 1 or not seeds[0].isdigit():
             raise common.UserError("--repeat counts seeds up from one --seed: give a single whole number")
@@ -603,7 +604,7 @@ def list_trials(script: str, options: dict[str, list[str]], repeat: int) -> list
         defining = {name: value for name, value in pairs.items() if name not in ("--data-dir", "--device")}
         for seed in seeds:
             parts = [f"{name[2:]}={Path(value).name}" if value else name[2:] for name, value in defining.items()]
-            folder = Path("runs", "grid", "_".join([script, *parts, f"seed={seed}"]))
+            folder = Path("grids", "_".join([script, *parts, f"seed={seed}"]))
             trials.append(Trial(label or script, words, ["--seed", seed], folder))
     return trials
 
@@ -620,9 +621,7 @@ def train_trials(script: str, trials: list[Trial]) -> list[Trial]:
             print(f"\ncompare: run {i + 1} of {len(trials)}: {trial.folder.name}{left}", flush=True)
             start = time.monotonic()
             command = [*trial.words, *trial.seed, "--out-dir", str(trial.folder), *(["--resume"] if begun else [])]
-            status = subprocess.run(
-                [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *command]
-            ).returncode
+            status = subprocess.run([sys.executable, module.__file__, *command]).returncode
             spent, trained = spent + time.monotonic() - start, trained + 1
             if status in (130, -2):
                 raise KeyboardInterrupt("interrupted: the same command goes on with the grid")
@@ -663,15 +662,16 @@ def search(args: Namespace) -> None:
     tables = [rank(compare(runs, args, compute)[0], trials)]
     report(tables, args)
     best = next(trial for trial in trials if trial.label == tables[0].rows[1]["run"])
-    print(f"compare: best by Frechet distance: python {args.grid}.py {' '.join(best.words)}")
+    print(f"compare: best by Frechet distance: python {args.grid}.py {' '.join(best.words + best.seed)}")
 
 
 def study(args: Namespace) -> None:
     """Measure the runs that were named."""
     if not args.runs:
         raise common.UserError("name the folders of the runs to compare: python compare.py runs/*")
+    folders = [folder for name in args.runs for folder in sorted(glob.glob(name)) or [name]]  # not all shells do it
     compute = common.choose_compute(args)
-    report(compare([load_run(folder, compute.device) for folder in args.runs], args, compute), args)
+    report(compare([load_run(folder, compute.device) for folder in folders], args, compute), args)
 
 
 def take_grid(argv: list[str]) -> tuple[list[str], str | None, dict[str, list[str]]]:
@@ -679,7 +679,8 @@ def take_grid(argv: list[str]) -> tuple[list[str], str | None, dict[str, list[st
     if "--grid" not in argv:
         return argv, None, {}
     place = argv.index("--grid")
-    own, script, words = (argv[:place], "".join(argv[place + 1 : place + 2]).removesuffix(".py"), argv[place + 2 :])
+    own, words = argv[:place], argv[place + 2 :]
+    script = "".join(argv[place + 1 : place + 2]).removesuffix(".py")
     if script not in scripts():
         raise common.UserError(f"--grid takes one of {', '.join(sorted(f'{name}.py' for name in scripts()))}")
     options: dict[str, list[str]] = {}
@@ -702,27 +703,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = common.Parser("compare.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders of runs, such as runs/*")
-    add(
-        "--grid",
-        metavar="SCRIPT",
-        help="train SCRIPT with every combination of the option values that follow, and rank them",
-    )
-    add("--repeat", type=common.number(int, 1), default=1, metavar="N", help="train each combination with N seeds (1)")
-    add(
-        "--samples",
-        type=common.number(int, 100),
-        default=SAMPLES,
-        metavar="N",
-        help=f"samples drawn of each run ({SAMPLES})",
-    )
+    add("--grid", metavar="SCRIPT", help="train SCRIPT with all combinations of the options that follow; rank them")
+    add("--repeat", type=common.number(int, 1), default=1, metavar="N", help="seeds of each combination (1)")
+    add("--samples", type=common.number(int, 100), default=SAMPLES, metavar="N", help="drawn of each run (10,000)")
     add("--to", default="comparison", metavar="PREFIX", help="writes PREFIX.md, .csv, .json and .png (comparison)")
     add("--data-dir", default="data", metavar="DIR", help="folder of the data sets and judges (data)")
-    add(
-        "--device",
-        choices=["auto", "cpu", "cuda", "mps"],
-        default="auto",
-        help="auto takes the accelerator if there is one",
-    )
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes an accelerator if any")
     try:
         own, script, options = take_grid(list(sys.argv[1:] if argv is None else argv))
         args = parser.parse_args(own)

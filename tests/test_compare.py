@@ -376,7 +376,7 @@ def test_mistakes_get_one_line_and_status_2(quick, command, words, capsys):
         compare.main(command.split())
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and "error: " in error and words in error
-    assert not list(quick.glob("**/comparison*")) and not (quick / "runs").exists()
+    assert not list(quick.glob("**/comparison*")) and not (quick / "grids").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ grids
@@ -414,11 +414,14 @@ def test_grid_trains_ranks_and_resumes(quick, monkeypatch, capsys):
     compare.main(command)
     assert len(commands) == 4  # the first two are not trained again
     text = capsys.readouterr().out
-    assert "best by Frechet distance: python gan.py --dataset digits --lr 1e-3 --epochs 1 --batch-size 200\n" in text
+    assert (
+        "best by Frechet distance: python gan.py --dataset digits --lr 1e-3 --epochs 1 --batch-size 200 --seed 0\n"
+        in text
+    )
     rows = json.loads((quick / "comparison.json").read_text(encoding="utf-8"))["rows"]
     assert [row["run"] for row in rows] == ["real images", "lr 1e-3", "lr 1e-9"]
     assert rows[1]["Frechet"] < rows[2]["Frechet"] and rows[1]["Frechet deviation"] > 0
-    folders = sorted((quick / "runs" / "grid").iterdir())
+    folders = sorted((quick / "grids").iterdir())
     runs = [compare.load_run(folder, CPU) for folder in folders if "lr=1e-3" in folder.name]
     tables = compare.compare(runs, Namespace(samples=150, data_dir="data"), COMPUTE)
     found = np.array([row["Frechet"] for row in tables[0].rows[1:]])
