@@ -1,25 +1,31 @@
-"""CVAE-GAN: an encoder, a generator, a discriminator and a classifier that learn to draw any class in any style.
+"""CVAE-GAN: encoder, generator, discriminator and classifier that together draw any class in any style.
 
     python cvaegan.py                               # MNIST, the report's numbers: 200 epochs
-    python cvaegan.py --weights paper               # the paper's loss weights, made for 128x128 faces
+    python cvaegan.py --weights paper               # the paper's loss weights, made for faces of 128x128
     python cvaegan.py --dataset digits              # nothing to download
     python cvaegan.py --sample 1000 --to folder     # the classes in turn, a sub-folder each
     python cvaegan.py --sample 64 --label 7         # sevens
 
-The algorithm is that of Bao et al. 2017 (arXiv 1703.10155). x_r is a real image of class c; x_f = G(E(x_r, c), c) is its
-reconstruction; x_p = G(z_p, c) is drawn from the prior, z_p ~ N(0, I). f_D and f_C are the inputs of the last layer of
-the discriminator D and the classifier C. Sums are over dimensions, means over the batch.
+The algorithm is that of Bao et al. 2017 (arXiv 1703.10155). x_r is a real image of class c; x_f = G(E(x_r, c), c)
+its reconstruction; x_p = G(z_p, c), z_p ~ N(0, I), a sample of the prior. f_D and f_C are the inputs of the last
+layer of discriminator D and classifier C. Losses are sums over dimensions and means over the batch.
 
-    loss                                                        trains       weight: paper    ours
-    L_D   -log D(x_r) - log(1 - D(x_f)) - log(1 - D(x_p))       D                    1        1
-    L_C   -log P(c | x_r)                                       C                    1        1
-    L_KL  KL(q(z | x_r, c) || N(0, I))                          E                    3        KL
-    L_G   1/2 (|x_r - x_f|^2 + |f_D(x_r) - f_D(x_f)|^2
-               + |f_C(x_r) - f_C(x_f)|^2)                       E and G              1        1
-    L_GD  1/2 |mean f_D(x_r) - mean f_D(x_p)|^2                 G                    1e-3     GD
-    L_GC  1/2 sum_c |mean_c f_C(x_r) - mean_c f_C(x_p)|^2       G                    1e-3     GC
-    L'_GD -log D(x_p)                                           G                    0        ADV
-    L'_GC -log P(c | x_p)                                       G                    0        LABEL
+    loss                                                   trains       weight: paper    ours
+    L_D    -log D(x_r) - log(1 - D(x_f)) - log(1 - D(x_p)) D                    1        1
+    L_C    -log P(c | x_r)                                 C                    1        1
+    L_KL   KL(q(z | x_r, c) || N(0, I))                    E                    3        1
+    L_G    1/2 (|x_r - x_f|^2 + |f_D(x_r) - f_D(x_f)|^2
+                + |f_C(x_r) - f_C(x_f)|^2)                 E and G              1        1
+    L_GD   1/2 |mean f_D(x_r) - mean f_D(x_p)|^2           G                    1e-3     0.1
+    L_GC   1/2 sum_c |mean_c f_C(x_r) - mean_c f_C(x_p)|^2 G                    1e-3     0.01
+    L'_GD  -log D(x_p)                                     G                    0        1
+    L'_GC  -log P(c | x_p)                                 G                    0        5
+
+All four gradients belong to the weights of before the step. D and C minimise cross entropy and E and G do not move
+them: the paper's asymmetric training. The paper's weights balance against the 49,152 numbers of a face; of 784, L_KL
+has to be weaker for a latent to say anything. And matched means leave a sample of the prior free to be anything that
+does not change them, so the last two rows, which the paper replaces by the matching, come back beside it.
+FIGURES
 """
 
 # /// script
@@ -42,11 +48,9 @@ FEATURES = 128  # inputs of the last layer of the discriminator and of the class
 PRESETS = {"guo": dict(epochs=200, batch_size=128, lr=1e-4, seed=88, latent_size=100, weights="ours")}
 WEIGHTS = {
     "paper": dict(kl=3.0, mean=1e-3, class_mean=1e-3, adversarial=0.0, label=0.0),
-    "ours": dict(kl=1.0, mean=0.1, class_mean=0.01, adversarial=1.0, label=3.0),
+    "ours": dict(kl=1.0, mean=0.1, class_mean=0.01, adversarial=1.0, label=5.0),
 }
-DECAY = (
-    0.9  # of the moving averages in L_GC: a batch holds about 13 images of a class, the averages about 130
-)
+DECAY = 0.9  # of the moving averages in L_GC: a batch holds about 13 images of a class, the averages about 130
 
 
 class Encoder(nn.Module):
@@ -64,7 +68,7 @@ class Encoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """Latents (N, latent_size) and classes (N, 10), one-hot or any mixture, to images (N, 1, 28, 28) in [-1, 1]."""
+    """Latents (N, latent_size) and classes (N, 10), one-hot or mixed, to images (N, 1, 28, 28) in [-1, 1]."""
 
     def __init__(self, latent_size: int):
         super().__init__()
@@ -81,7 +85,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, 1, 28, 28) in [-1, 1] to the features f (N, 128) that its last layer sees, and to logits (N, 1)."""
+    """Images (N, 1, 28, 28) in [-1, 1] to the last layer's inputs (N, 128) and logits (N, 1) of being real."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +102,7 @@ class Discriminator(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images (N, 1, 28, 28) in [-1, 1] to the features f (N, 128) that its last layer sees, and to logits (N, 10)."""
+    """Images (N, 1, 28, 28) in [-1, 1] to the last layer's inputs (N, 128) and logits (N, 10) of the classes."""
 
     def __init__(self):
         super().__init__()
@@ -129,7 +133,7 @@ class ClassMeans(nn.Module):
         self.register_buffer("prior", torch.zeros(CLASSES, FEATURES))
 
     def forward(self, name: str, features: Tensor, classes: Tensor) -> Tensor:
-        """Take in a batch: features (N, 128), classes (N, 10). The gradient flows through the batch's share alone."""
+        """Take in a batch: features (N, 128), classes (N, 10). Its share alone carries a gradient."""
         counts = classes.sum(0)[:, None]  # (10, 1)
         batch_means = classes.T @ features / counts.clamp(min=1)
         means = getattr(self, name)
@@ -139,7 +143,7 @@ class ClassMeans(nn.Module):
 
 
 def build(args: Namespace) -> dict[str, nn.Module]:
-    """The four networks, channels last in memory, in which convolutions are fastest, and the averages of L_GC."""
+    """The four networks, channels last as convolutions are fastest, and the moving averages of L_GC."""
     networks = dict(
         encoder=Encoder(args.latent_size),
         generator=Generator(args.latent_size),
@@ -166,12 +170,12 @@ def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def pairwise_loss(real: Tensor, reconstructed: Tensor) -> Tensor:
-    """One term of L_G: half the squared distance of each pair (N, ...), mean over the batch (Bao et al., section 3.3)."""
+    """One term of L_G, of pairs (N, ...): half their squared distance, mean over the batch (section 3.3)."""
     return (real - reconstructed).square().flatten(1).sum(1).mean() / 2
 
 
 def mean_loss(real_means: Tensor, prior_means: Tensor) -> Tensor:
-    """L_GD of mean features (F,), L_GC of the means of all classes (10, F) (Bao et al., sections 3.1 and 3.2)."""
+    """L_GD of mean features (F,), L_GC of the means of all classes (10, F) (sections 3.1 and 3.2)."""
     return (real_means - prior_means).square().sum() / 2
 
 
@@ -181,7 +185,7 @@ def adversarial_loss(logits: Tensor) -> Tensor:
 
 
 def reparameterize(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """Latents of q(z | x, c). The paper prints exp(logvar) for the deviation; its KL takes exp(logvar / 2), as here."""
+    """Latents of q(z | x, c). The paper prints exp(logvar) for the deviation, but its KL takes exp(logvar / 2)."""
     return mu + (logvar / 2).exp() * noise
 
 
@@ -196,7 +200,7 @@ def make_optimizers(args: Namespace, networks: dict[str, nn.Module]) -> dict[str
 
 
 def make_step(args: Namespace, compute: common.Compute, networks: dict, optimizers: dict):
-    """A function from a batch, uint8 (N, 1, 28, 28) and labels (N,), to the losses of one step of all four networks."""
+    """A function from a batch, uint8 (N, 1, 28, 28) and labels (N,), to the losses of one step of all networks."""
     encoder, generator, discriminator, classifier, class_means = networks.values()
     weights = WEIGHTS[args.weights]
 
@@ -206,12 +210,10 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
         noise, prior_latents = common.randn(len(images), 2, args.latent_size, device=compute.device).unbind(1)
         with compute.autocast():
             mu, logvar = encoder(real, classes)
-            # Each in a batch of its own, so that batch norm lets no loss of x_p reach the encoder. The prior's classes are
-            # the batch's: they are random too, and L_GC then finds each class as often on both sides.
+            # Each in a batch of its own, so that batch norm lets no loss of x_p reach the encoder. The prior's
+            # classes are the batch's: random too, and L_GC then finds each class as often on both sides.
             reconstructed = generator(reparameterize(mu, logvar, noise), classes)  # x_f (N, 1, 28, 28)
-            drawn = torch.cat(
-                [reconstructed, generator(prior_latents, classes)]
-            )  # x_f and x_p (2N, 1, 28, 28)
+            drawn = torch.cat([reconstructed, generator(prior_latents, classes)])  # x_f and x_p (2N, 1, 28, 28)
             real_features, real_logits = discriminator(real)
             drawn_features, drawn_logits = discriminator(drawn)
             real_class_features, real_class_logits = classifier(real)
@@ -224,7 +226,7 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
         loss_d = discriminator_loss(real_logits, reconstructed_logits, prior_logits)
         loss_c = classifier_loss(real_class_logits, labels)
         loss_kl = kl_divergence(mu, logvar)
-        # Features of real images are targets, which no gradient of E and G reaches: detaching them saves the way back.
+        # Features of real images are targets, to which E and G have no way back.
         real_features, real_class_features = real_features.detach(), real_class_features.detach()
         loss_g = (
             pairwise_loss(real, reconstructed)
@@ -233,14 +235,13 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
         )
         loss_gd = mean_loss(real_features.mean(0), prior_features.mean(0))
         loss_gc = mean_loss(
-            class_means("real", real_class_features, classes),
-            class_means("prior", prior_class_features, classes),
+            class_means("real", real_class_features, classes), class_means("prior", prior_class_features, classes)
         )
         loss_adversarial = adversarial_loss(prior_logits)
         loss_label = classifier_loss(prior_class_logits, labels)
 
-        # E gets its gradient from L_KL and L_G alone, for x_p does not depend on it, and G gets none from L_KL: so one
-        # pass back through the sum gives both what the table at the top says.
+        # E gets its gradient from L_KL and L_G alone, for x_p does not depend on it, and G gets none from L_KL: so
+        # one pass back through the sum gives both what the table at the top says.
         loss_of_both = (
             weights["kl"] * loss_kl
             + loss_g
@@ -250,10 +251,8 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
             + weights["label"] * loss_label
         )
         objectives = dict(discriminator=loss_d, classifier=loss_c, encoder_and_generator=loss_of_both)
-        found = {
-            name: common.gradients(loss, optimizers[name], retain=name != "encoder_and_generator")
-            for name, loss in objectives.items()
-        }  # all gradients belong to the weights of before the step
+        # All gradients first: they belong to the weights of before the step.
+        found = {name: common.gradients(loss, optimizers[name], retain=True) for name, loss in objectives.items()}
         for name, gradients in found.items():
             common.apply(gradients, optimizers[name])
         return {
@@ -271,10 +270,12 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
 
 
 def train(args: Namespace) -> None:
+    if args.batch_size < 2 * common.processes():
+        raise common.UserError(f"--batch-size {args.batch_size}: batch norm needs two images in every process")
     compute = common.choose_compute(args)
     data = common.load_data(args.dataset, args.data_dir)
     common.seed_everything(args.seed)
-    networks = {name: network.to(compute.device) for name, network in build(args).items()}
+    networks = {name: common.distribute(network.to(compute.device)) for name, network in build(args).items()}
     optimizers = make_optimizers(args, networks)
 
     run = common.Run(args, compute, data, networks, optimizers)
@@ -300,30 +301,24 @@ def encode(encoder: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 
 
 def draw_classes(networks: dict[str, nn.Module], args: Namespace, columns: int) -> Tensor:
-    """A row a class and a column a latent, the same for the whole run: (10 * columns, 1, 28, 28) in [0, 1]."""
+    """A row a class, a column a latent, the same all through a run: (10 * columns, 1, 28, 28) in [0, 1]."""
     device = next(networks["generator"].parameters()).device
-    latents = torch.randn(columns, args.latent_size, generator=torch.Generator().manual_seed(args.seed)).to(
-        device
-    )
+    latents = torch.randn(columns, args.latent_size, generator=torch.Generator().manual_seed(args.seed)).to(device)
     classes = torch.eye(CLASSES, device=device).repeat_interleave(columns, dim=0)
     return generate(networks["generator"], latents.repeat(CLASSES, 1), classes)
 
 
 def draw_morphs(networks: dict[str, nn.Module], images: Tensor, steps: int) -> Tensor:
-    """From the k-th image, uint8, of class k, to the next over `steps` latents and classes: (10, steps, 1, 28, 28) in [0, 1]."""
+    """From each image k, uint8, of class k, to the next, in latent and class: (10, steps, 1, 28, 28) in [0, 1]."""
     eye = torch.eye(CLASSES, device=images.device)
     latents = encode(networks["encoder"], images, eye)
     way = torch.linspace(0, 1, steps, device=images.device)[:, None]  # (steps, 1)
-    latents, classes = (
-        torch.lerp(start[:, None], start.roll(-1, 0)[:, None], way) for start in (latents, eye)
-    )
-    return generate(networks["generator"], latents.flatten(0, 1), classes.flatten(0, 1)).view(
-        CLASSES, steps, 1, 28, 28
-    )
+    latents, classes = (torch.lerp(start[:, None], start.roll(-1, 0)[:, None], way) for start in (latents, eye))
+    return generate(networks["generator"], latents.flatten(0, 1), classes.flatten(0, 1)).view(CLASSES, steps, 1, 28, 28)
 
 
 def draw_styles(networks: dict[str, nn.Module], images: Tensor) -> Tensor:
-    """The latent of the k-th image, uint8, of class k, under every label: (10, 10, 1, 28, 28) in [0, 1]."""
+    """The latent of each image k, uint8, of class k, under every label: (10, 10, 1, 28, 28) in [0, 1]."""
     eye = torch.eye(CLASSES, device=images.device)
     latents = encode(networks["encoder"], images, eye).repeat_interleave(CLASSES, dim=0)
     return generate(networks["generator"], latents, eye.repeat(CLASSES, 1)).view(CLASSES, CLASSES, 1, 28, 28)
@@ -334,9 +329,7 @@ def save_pictures(args: Namespace, networks: dict[str, nn.Module]) -> None:
     if common.is_quiet():
         return
     folder = Path(args.out_dir)
-    common.write_picture(
-        folder / "classes.png", common.grid(draw_classes(networks, args, columns=10), columns=10)
-    )
+    common.write_picture(folder / "classes.png", common.grid(draw_classes(networks, args, columns=10), columns=10))
     try:
         test_data = common.load_data(args.dataset, args.data_dir, train=False)
     except common.UserError as error:
@@ -349,9 +342,7 @@ def save_pictures(args: Namespace, networks: dict[str, nn.Module]) -> None:
     common.write_picture(folder / "morph.png", common.grid(morphs.flatten(0, 1), columns=10))
     styles = torch.cat([real, draw_styles(networks, images)], dim=1)
     common.write_picture(folder / "styles.png", common.grid(styles.flatten(0, 1), columns=CLASSES + 1))
-    frames = [
-        common.to_picture(common.grid(row, columns=5)) for row in draw_morphs(networks, images, 16).unbind(1)
-    ]
+    frames = [common.to_picture(common.grid(row, columns=5)) for row in draw_morphs(networks, images, 16).unbind(1)]
     frames = [frame.resize((3 * frame.width, 3 * frame.height), Image.Resampling.NEAREST) for frame in frames]
     common.write_gif(folder / "morph.gif", frames)
 
@@ -377,9 +368,7 @@ def sample(args: Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = common.make_parser("cvaegan", __doc__, PRESETS)
     group = parser.add_argument_group("CVAE-GAN")
-    group.add_argument(
-        "--weights", choices=list(WEIGHTS), help="weights of the losses: the table's two columns (ours)"
-    )
+    group.add_argument("--weights", choices=list(WEIGHTS), help="weights of the losses: the table's two columns (ours)")
     group.add_argument(
         "--label", type=common.number(int, 0, CLASSES - 1), metavar="K", help="--sample only class K, 0 to 9"
     )

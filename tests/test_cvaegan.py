@@ -55,7 +55,7 @@ def trained(tiny_digits, tmp_path_factory):
     return folder
 
 
-# --------------------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------------------------------- networks
 
 
 def test_networks():
@@ -88,7 +88,7 @@ def test_the_encoder_is_given_the_class():
     assert not torch.equal(mu[0], mu[1]) and not torch.equal(logvar[0], logvar[1])
 
 
-# ----------------------------------------------------------------------------------------------------------------- losses
+# --------------------------------------------------------------------------------------------------------------- losses
 
 
 def test_cross_entropies():
@@ -148,7 +148,7 @@ def test_moving_averages_of_each_class():
     assert means[4, 0].item() == pytest.approx(2) and means[7, 0].item() == pytest.approx(10)
 
 
-# --------------------------------------------------------------------------------------------------------------- the step
+# ------------------------------------------------------------------------------------------------------------- the step
 
 
 def gradients_of(weights: dict[str, float]) -> dict[str, torch.Tensor]:
@@ -181,7 +181,7 @@ def test_each_loss_moves_the_networks_of_the_table_alone():
 
 
 def test_step_equals_the_textbook_step():
-    """One pass through each network and shared gradients change nothing against a pass and a gradient for every loss."""
+    """Shared passes and gradients change nothing against a pass and a gradient for every loss."""
     torch.manual_seed(0)
     args = options()
     networks = cvaegan.build(args)
@@ -201,7 +201,6 @@ def test_step_equals_the_textbook_step():
     noise, prior_latents = torch.randn(8, 2, 100).unbind(1)
     x, c, w = common.to_symmetric(images), torch.eye(10)[labels], cvaegan.WEIGHTS["ours"]
     E, G, D, C = (networks[name] for name in NETWORKS)
-    averages = {"real": torch.zeros(10, 128), "prior": torch.zeros(10, 128)}
 
     def reconstruct():
         mu, logvar = E(x, c)
@@ -254,7 +253,7 @@ def test_step_equals_the_textbook_step():
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * scale.item())
 
 
-# ------------------------------------------------------------------------------------------------------------------- runs
+# ----------------------------------------------------------------------------------------------------------------- runs
 
 
 def test_training_leaves_a_whole_folder(trained):
@@ -322,6 +321,7 @@ def test_the_papers_weights_train(tiny_digits, tmp_path):
         (["--sample", "3", "--label", "10"], "at most 9"),
         (["--weights", "theirs"], "invalid choice"),
         (["--dataset", "anime"], "invalid choice"),
+        (["--batch-size", "1"], "batch norm needs two images"),
     ],
 )
 def test_mistakes_get_one_line(bad, words, capsys):
