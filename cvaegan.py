@@ -210,8 +210,8 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
         noise, prior_latents = common.randn(len(images), 2, args.latent_size, device=compute.device).unbind(1)
         with compute.autocast():
             mu, logvar = encoder(real, classes)
-            # Each in a batch of its own, so that batch norm lets no loss of x_p reach the encoder. The prior's
-            # classes are the batch's: random too, and L_GC then finds each class as often on both sides.
+            # Two batches, so that batch norm lets no loss of x_p reach the encoder. The prior's classes are those of
+            # the real images: random too, and L_GC then finds each class as often on both sides.
             reconstructed = generator(reparameterize(mu, logvar, noise), classes)  # x_f (N, 1, 28, 28)
             drawn = torch.cat([reconstructed, generator(prior_latents, classes)])  # x_f and x_p (2N, 1, 28, 28)
             real_features, real_logits = discriminator(real)
@@ -324,19 +324,27 @@ def draw_styles(networks: dict[str, nn.Module], images: Tensor) -> Tensor:
     return generate(networks["generator"], latents, eye.repeat(CLASSES, 1)).view(CLASSES, CLASSES, 1, 28, 28)
 
 
+def load_test_images(args: Namespace) -> Tensor:
+    """The first real test image of each class in turn, uint8 (10, 1, 28, 28)."""
+    images, labels = common.load_data(args.dataset, args.data_dir, train=False)
+    if len(labels.unique()) < CLASSES:
+        raise common.UserError("they lack a class")
+    return images[torch.stack([(labels == label).nonzero()[0, 0] for label in range(CLASSES)])]
+
+
 def save_pictures(args: Namespace, networks: dict[str, nn.Module]) -> None:
-    """classes.png; and from real test images, the first of each class: morph.png, styles.png, morph.gif."""
+    """classes.png; and, where real test images are at hand, morph.png, styles.png and morph.gif."""
+    folder, missing = Path(args.out_dir), None
+    try:
+        images = load_test_images(args).to(next(networks["generator"].parameters()).device)
+    except common.UserError as error:
+        missing = error
     if common.is_quiet():
         return
-    folder = Path(args.out_dir)
     common.write_picture(folder / "classes.png", common.grid(draw_classes(networks, args, columns=10), columns=10))
-    try:
-        test_data = common.load_data(args.dataset, args.data_dir, train=False)
-    except common.UserError as error:
-        print(f"{args.script}: no morph.png and styles.png, which start from real test images: {error}")
+    if missing:
+        print(f"{args.script}: no morph and styles, which start from real test images: {missing}")
         return
-    first = [(test_data.labels == label).nonzero()[0] for label in range(CLASSES)]
-    images = test_data.images[torch.cat(first)].to(next(networks["generator"].parameters()).device)
     real = common.to_unit(images)[:, None]  # (10, 1, 1, 28, 28)
     morphs = torch.cat([real, draw_morphs(networks, images, 8), real.roll(-1, 0)], dim=1)
     common.write_picture(folder / "morph.png", common.grid(morphs.flatten(0, 1), columns=10))
