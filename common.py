@@ -650,7 +650,8 @@ def map_in_processes(function: Callable, items: list, workers: int, *args) -> It
     waiting = collections.deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, item, *args))
+            with handling_signals({signal.SIGINT: signal.SIG_IGN}):  # inherited by the processes that this starts
+                waiting.append(pool.submit(function, item, *args))
             if len(waiting) > 4 * count:
                 yield waiting.popleft().result()
         while waiting:
