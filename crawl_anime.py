@@ -6,14 +6,14 @@
     python crawl_anime.py --forget safebooru-123              # remove a post's crops, never fetch it again
     python dcgan.py --dataset anime                           # train on the result
 
-A site's public API lists posts, newest first; each picture is fetched once, its faces are found by nagadomi's cascade of
-local binary patterns, cut out as 256x256 squares and noted in metadata.csv, which is the credit list, the log and the place
-to go on from. A crawl stopped at any moment goes on where it was. The pictures belong to the artists who drew them: keep
-the crops to yourself, and take out what an artist asks you to.
+A site's public API lists posts, newest first; each picture is fetched once, its faces are found by nagadomi's
+cascade of local binary patterns, cut out as 256x256 squares and noted in metadata.csv, which is the credit
+list, the log and the place to go on from: a crawl stopped at any moment goes on where it was. The pictures
+belong to the artists who drew them: keep the crops to yourself, and take out what an artist asks you to.
 
-The detector is OpenCV 4's detectMultiScale(equalizeHist(grey), 1.1, 5) in torch: on 79 illustrations of at most 1000 pixels
-it finds the same 48 faces, in 0.2 s of one core each. About 0.9 faces an illustration are found, so 2,000 faces take some
-2,200 pictures, at one a second.
+The detector is OpenCV 4's detectMultiScale(equalizeHist(grey), 1.1, 5) in torch: on 79 illustrations of at
+most 1000 pixels it finds the same 48 faces (45 of them to the pixel), in 0.19 s of one core each. At one
+picture a second, and most pictures with a face, 2,000 faces take about an hour.
 """
 
 # /// script
@@ -96,7 +96,7 @@ class SourceError(common.UserError):
 
 
 class Unfetched(Exception):
-    """A file that did not come, and why. `again`: another try may help; `status`: the HTTP status, if that was it."""
+    """A file that did not come, and why. `again`: another try may help; `status`: of HTTP, if that was it."""
 
     def __init__(self, reason: str, again: bool = False, status: int = 0):
         super().__init__(reason)
@@ -107,11 +107,11 @@ class Unusable(Exception):
     """A picture of which nothing can be cropped, and why."""
 
 
-# ------------------------------------------------------------------------------------------------------------- the sites
+# -------------------------------------------------------------------------------------------------- the sites
 
 
 class Post(NamedTuple):
-    """One picture of a source, whatever the source calls its fields. Texts are printable; anything but `id` may be empty."""
+    """One picture of a source, whatever the source calls its fields. Texts are printable or empty."""
 
     site: str
     id: str
@@ -127,7 +127,7 @@ class Site(NamedTuple):
     home: str
     domain: str  # files may lie on this host and on those below it
     query: Callable[[str, int | None], str]  # tags, and the id below which to go on -> path and query
-    read: Callable[[dict, str], dict]  # one post's JSON, and the home -> the fields of Post that the families differ in
+    read: Callable[[dict, str], dict]  # one post's JSON, and the home -> what the families call differently
     tags: str = "1girl solo"
     general_tag: str = ""  # asks for the general rating alone
 
@@ -173,7 +173,7 @@ def gelbooru_query(tags: str, below: int | None) -> str:
 
 def gelbooru_post(raw: dict, home: str) -> dict:
     sample, original = raw.get("sample_url"), raw.get("file_url")
-    if not original and raw.get("directory") and raw.get("image"):  # older answers leave the addresses to the reader
+    if not original and raw.get("directory") and raw.get("image"):  # older answers give only parts
         folder, image = quote(str(raw["directory"])), quote(str(raw["image"]))
         original = f"/images/{folder}/{image}"
         sample = f"/samples/{folder}/sample_{image.rpartition('.')[0]}.jpg"
@@ -264,14 +264,14 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------- fetching, politely
+# ----------------------------------------------------------------------------------------- fetching, politely
 
 
 class Fetcher:
     """Gets files under the rules of manners and safety, one request at a time.
 
-    `domains` are the source's own hosts; `base_url` names one more origin, which the user vouches for. `delay` is the time
-    between the starts of two requests to a host, in seconds.
+    `domains` are the source's own hosts; `base_url` names one more, which the user vouches for. `delay` is
+    the time between the starts of two requests to a host, in seconds.
     """
 
     def __init__(self, domains: set[str], base_url: str | None, delay: float):
@@ -284,8 +284,8 @@ class Fetcher:
     def fetch(self, address: str, kind: str = "picture") -> bytes:
         """The body at an address. Raises Unfetched, and SourceError for what ends the crawl.
 
-        kind: "picture" (and whatever else a page links to) minds robots.txt. "api" does not, since it is documented for
-        programs and its terms are its rules, nor do "robots" itself and "file", one named file that the user wants.
+        kind: "picture" minds robots.txt. "api" does not, since a documented API is made for programs and has
+        limits of its own, nor do "robots" itself and "file", the one named file that the user wants.
         """
         for attempt in range(TRIES):
             try:
@@ -309,8 +309,9 @@ class Fetcher:
         raise Unfetched("too many redirects")
 
     def check(self, address: str) -> SplitResult:
-        """The rule for every address, at every redirect: https at its usual port on one of the source's own hosts; or exactly
-        the scheme, host and port of --base-url, which alone may be plain http or (see `connect`) on a private network."""
+        """The rule for every address, at every redirect: https at its usual port on one of the source's own
+        hosts; or exactly the scheme, host and port of --base-url, which alone may be plain http or private.
+        """
         try:
             parts = urlsplit(address)
             scheme, host, port = origin(parts)
@@ -324,7 +325,7 @@ class Fetcher:
         return parts
 
     def connect(self, parts: SplitResult) -> http.client.HTTPConnection:
-        """A connection to the very address that was checked, so that a name can't lead elsewhere in between."""
+        """A connection to the very address that was checked: the name is not looked up again."""
         scheme, host, port = origin(parts)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -375,7 +376,7 @@ class Fetcher:
         if status in (301, 302, 303, 307, 308):
             return headers.get("Location", "")
         if status in (403, 503) and "challenge" in headers.get("cf-mitigated", ""):
-            raise SourceError(f"{host} asks to prove that a person is there, which a program must not work around")
+            raise SourceError(f"{host} asks to prove that a person is there, and a program must not")
         if status in (421, 429, 503):
             self.pace[host] = max(self.delay, min(60, 2 * self.pace.get(host, self.delay)))
             self.hold(host, retry_after(headers.get("Retry-After", "")))
@@ -424,7 +425,7 @@ class Fetcher:
         self.next_start[host] = max(self.next_start.get(host, 0), time.monotonic() + seconds)
 
     def robots_rules(self, parts: SplitResult) -> list[tuple[bool, str]]:
-        """The rules of an origin's robots.txt for this program; none if there is no such file, all closed if it can't be had."""
+        """What an origin's robots.txt says: nothing if there is none, no to all if it can't be had."""
         key = origin(parts)
         if key not in self.robots:
             try:
@@ -450,7 +451,7 @@ def escape(text: str) -> str:
 
 
 def hang_up(connected: socket.socket) -> None:
-    """End whatever waits for a socket. Not by SSLSocket.shutdown, which drops its TLS state under the reader's feet."""
+    """End all waiting for a socket. SSLSocket's own shutdown would drop its state under the reader's feet."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
@@ -480,7 +481,7 @@ def retry_after(text: str) -> float:
 
 
 def read_robots(text: str) -> list[tuple[bool, str]]:
-    """The (allow, pattern) rules of all groups that name this program, else of those for everybody (RFC 9309, 2.2)."""
+    """The (allow, pattern) rules of the groups for this program, else of those for all (RFC 9309, 2.2)."""
     groups: dict[str, list] = {}
     agents, in_rules = [], False
     for line in text.splitlines():
@@ -504,7 +505,7 @@ def allowed(rules: list[tuple[bool, str]], parts: SplitResult) -> bool:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a path begins with a pattern, in which * stands for anything and a $ at its end for the path's end.
+    """Whether a path begins with a pattern, in which * is anything, and a $ at its end is the path's end.
 
     Not a regular expression, since one with many stars can take forever.
     """
@@ -521,11 +522,11 @@ def matches(pattern: str, path: str) -> bool:
     return place == len(path) or bool(parts) and path.endswith(parts[-1])
 
 
-# --------------------------------------------------------------------------------------------------- detection, in torch
+# ---------------------------------------------------------------------------------------- detection, in torch
 
 
 class Stage(NamedTuple):
-    """Stumps that each look up a local binary pattern of 3x3 cells; `corners` of those are in pixels of the window."""
+    """Stumps that each look up a local binary pattern of 3x3 cells, whose 4x4 corners are in window pixels."""
 
     rows: torch.Tensor  # int32 (4, stumps)
     columns: torch.Tensor  # int32 (4, stumps)
@@ -599,7 +600,7 @@ def find_windows(grey: torch.Tensor, cascade: Cascade, smallest: int) -> list[tu
     if not scales:
         return []
     levels = [shrink(grey, round(height / scale), round(width / scale)) for scale in scales]
-    # All levels lie one below the other on one canvas with one integral image, so that a stage runs once over all.
+    # All levels lie one below the other on one canvas with one integral image: a stage runs once over all.
     stride = levels[0].shape[1] + 1
     tops = torch.tensor([0] + [len(level) for level in levels]).cumsum(0)
     canvas = torch.zeros(int(tops[-1]) + 1, stride, dtype=torch.int32)
@@ -628,7 +629,7 @@ def stage_sums(stage: Stage, integral: torch.Tensor, stride: int, windows: torch
         values = integral.index_select(0, (corners[..., None] + some).flatten()).view(4, 4, stumps, -1)
         cells = values[1:, 1:] - values[:-1, 1:] - values[1:, :-1] + values[:-1, :-1]  # (3, 3, stumps, some)
         pattern = torch.arange(stumps, dtype=torch.int32)[:, None] * 256  # (stumps, 1)
-        # A bit for each neighbour that is at least the centre, clockwise from the top left (Liao et al. 2007).
+        # A bit for each neighbour that is at least the centre, clockwise from the top left (Liao 2007).
         for bit, place in enumerate([(1, 0), (2, 0), (2, 1), (2, 2), (1, 2), (0, 2), (0, 1), (0, 0)]):
             pattern = pattern + ((cells[place] >= cells[1, 1]).int() << bit)
         sums.append(stage.votes.flatten()[pattern].sum(0))
@@ -657,7 +658,7 @@ def merge(windows: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     return [a[:3] for a in strong if not any(a is not b and b[3] > max(3, a[3]) and inside(a, b) for b in strong)]
 
 
-# ------------------------------------------------------------------------------------------------ from pictures to crops
+# ------------------------------------------------------------------------------------- from pictures to crops
 
 
 class Crop(NamedTuple):
@@ -668,7 +669,7 @@ class Crop(NamedTuple):
 
 
 def crop_faces(picture: bytes | str, cascade: str | None, min_face: int, margin: float) -> list[Crop]:
-    """The faces of a picture (a file's bytes or path), or its centre square without a cascade. Raises Unusable."""
+    """The faces of a picture (bytes or a path), or its centre square without a cascade. Raises Unusable."""
     image = decode(picture)
     if cascade:
         scale = min(1.0, DETECTION_SIZE / max(image.size))
@@ -677,7 +678,7 @@ def crop_faces(picture: bytes | str, cascade: str | None, min_face: int, margin:
         boxes = [tuple(round(value / scale) for value in box) for box in found]
     else:
         side = min(image.size)
-        boxes, margin = [((image.width - side) // 2, (image.height - side) // 2, side)] if side >= min_face else [], 1
+        boxes, margin = ([((image.width - side) // 2, (image.height - side) // 2, side)] if side >= min_face else [], 1)
     return [cut(image, box, margin) for box in sorted(boxes)]
 
 
@@ -686,7 +687,7 @@ def decode(picture: bytes | str) -> Image.Image:
     file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes, for which the limit here is stricter, and bad metadata
+            warnings.simplefilter("ignore")  # about sizes, where this is stricter, and bad metadata
             image = Image.open(file, formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise Unusable("more than 40 million pixels")
@@ -706,7 +707,7 @@ def decode(picture: bytes | str) -> Image.Image:
 
 
 def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> Crop:
-    """A square around a face, a little higher than it; at the picture's edges it is moved, then shrunk, never padded."""
+    """A square around a face, a little higher; at the picture's edges it is moved, then shrunk, never padded."""
     left, top, face = box
     side = min(round(margin * face), *image.size)
     raised = 0.1 * face if margin > 1 else 0
@@ -719,7 +720,7 @@ def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> Crop:
 
 
 def flaw(crop: Image.Image) -> str:
-    """Why a crop is of no use, or nothing: hardly any colour, or hardly any edge, at the 64x64 that are trained on."""
+    """Why a crop is of no use, or nothing: too little colour, or too few edges, at the 64x64 of training."""
     small = crop.resize((64, 64), Image.Resampling.LANCZOS)
     red, green, blue = small.split()
     highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
@@ -727,7 +728,7 @@ def flaw(crop: Image.Image) -> str:
     if ImageStat.Stat(ImageChops.subtract(highest, lowest)).mean[0] < GREYEST:
         return "grey"
     laplacian = ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), scale=1, offset=128)
-    edges = small.convert("L").filter(laplacian).crop((1, 1, 63, 63))  # the filter leaves the border as it was
+    edges = small.convert("L").filter(laplacian).crop((1, 1, 63, 63))  # the filter skips the border
     return "blurred" if ImageStat.Stat(edges).var[0] < BLURRIEST else ""
 
 
@@ -737,14 +738,14 @@ def difference_hash(crop: Image.Image) -> int:
     return sum((grey[9 * y + x] < grey[9 * y + x + 1]) << (8 * y + x) for y in range(8) for x in range(8))
 
 
-# ----------------------------------------------------------------------------------------------- the folder and its state
+# ----------------------------------------------------------------------------------- the folder and its state
 
 
 class Folder:
-    """A folder of crops with its metadata.csv: one row a post, the last one of a post holds. One process at a time.
+    """A folder of crops with its metadata.csv: a row a post, of which the last one holds.
 
-    outcome: "faces" (at least one crop), "none" (no crop, for the reason), "skipped" (not fetched or not usable, for good),
-    "failed" (worth a try in another crawl) or "forgotten". Crops are on the disk before their row is.
+    outcome: "faces" (at least one crop), "none" (no crop, for the reason), "skipped" (not to be had or
+    used), "failed" (worth a try in another crawl) or "forgotten". Crops are on the disk before their row is.
     """
 
     FIELDS = ("site", "id", "page", "artist", "source", "rating", "outcome", "reason", "crops", "boxes", "hashes")
@@ -772,7 +773,7 @@ class Folder:
                 raise ValueError("other columns")
             return rows
         except (csv.Error, ValueError) as error:
-            raise common.UserError(f"{self.table} is damaged or not of this script ({error}): move it away") from error
+            raise common.UserError(f"{self.table} is damaged or another's ({error}): move it away") from error
 
     def write(self, rows: list[dict]) -> None:
         with common.replacing(self.table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -784,7 +785,7 @@ class Folder:
         return self.rows.get((post.site, post.id), {}).get("outcome", "failed") != "failed"
 
     def add(self, post: Post, outcome: str, reason: str, crops: list[Crop]) -> list[str]:
-        """Save a post's crops, then its row. Returns the reasons for which it, or some of its crops, was dropped."""
+        """Save a post's crops, then its row. Returns why it, or some of its crops, was dropped."""
         kept, dropped = [], []
         for crop in crops:
             near = any((crop.hash ^ known).bit_count() <= NEAREST for known in self.hashes)
@@ -838,11 +839,11 @@ def locked(folder: Path) -> Iterator[None]:
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise common.UserError(f"another crawl is writing to {folder}: wait, or choose another --to") from error
+            raise common.UserError(f"another crawl writes to {folder}: wait, or choose another --to") from error
         yield
 
 
-# --------------------------------------------------------------------------------------------------------------- a crawl
+# ---------------------------------------------------------------------------------------------------- a crawl
 
 Result = tuple[Post, str, str, list[Crop]]  # what Folder.add takes
 
@@ -868,7 +869,7 @@ def fetch_and_crop(
             failures = failures + 1 if failed else 0
             yield post, "failed" if failed else "skipped", error.reason, []
             if failures == FAILURES:
-                raise SourceError(f"{failures} pictures in a row could not be fetched ({error.reason})") from error
+                raise SourceError(f"{failures} pictures in a row did not come ({error.reason})") from error
 
 
 def unwanted(post: Post, ratings: list[str]) -> str:
@@ -922,7 +923,7 @@ def finish(post: Post, crops: Callable[[], list[Crop]]) -> Result:
 
 
 def start_worker() -> None:
-    """One thread each; Ctrl-C is the parent's affair; and a worker does not outlive a parent that was killed."""
+    """One thread each; Ctrl-C is the parent's affair; and a worker does not outlive a killed parent."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -1022,13 +1023,12 @@ def find_cascade(path: str | None) -> str:
         try:
             data = Fetcher({"raw.githubusercontent.com"}, None, 1.0).fetch(CASCADE_URL, "file")
         except Unfetched as error:
-            raise SourceError(
-                f"the face detector can't be had ({error.reason}): put {CASCADE_URL} into {CASCADE_FILE}, or try --detector none"
-            ) from error
+            way_out = f"put {CASCADE_URL} into {CASCADE_FILE}, or try --detector none"
+            raise SourceError(f"the face detector can't be had ({error.reason}): {way_out}") from error
         with common.replacing(CASCADE_FILE) as temporary:
             temporary.write_bytes(data)
     if hashlib.sha256(Path(CASCADE_FILE).read_bytes()).hexdigest() != CASCADE_SHA256:
-        raise common.UserError(f"{CASCADE_FILE} is not the author's file: delete it, and it is downloaded again")
+        raise common.UserError(f"{CASCADE_FILE} is not the author's: delete it, and it is downloaded again")
     return CASCADE_FILE
 
 
@@ -1036,16 +1036,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(f"{AGENT}.py", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--site", choices=list(SITES), help="whose posts to look through (safebooru)")
-    add("--tags", help="the site's search, its words between spaces (the site's own for one girl, where it has them)")
+    add("--tags", help="the site's search (1girl solo; all for yandere and konachan)")
     add("--urls", metavar="FILE", help="a list of picture addresses, one a line, instead of a site")
     add("--from-dir", metavar="DIR", help="a folder of pictures instead of a site")
     add("--base-url", metavar="URL", help="another host that speaks the site's API")
     add("--to", metavar="DIR", default="data/anime", help="folder of the crops (data/anime)")
-    add("--limit", type=common.number(int, 1), metavar="N", help="faces in the folder to stop at (2000 from a site)")
+    add("--limit", type=common.number(int, 1), metavar="N", help="faces in the folder at the end (2000 from a site)")
     add("--rating", nargs="+", choices=RATINGS, default=["general"], help="which ratings to take (general)")
-    add(
-        "--detector", choices=["lbp", "none"], default="lbp", help="lbp finds faces, none takes the centre square (lbp)"
-    )
+    add("--detector", choices=["lbp", "none"], default="lbp", help="find faces, or take the centre square (lbp)")
     add("--cascade", metavar="FILE", help=f"the detector's file, downloaded when absent ({CASCADE_FILE})")
     add("--min-face", type=common.number(int, 24), default=64, metavar="PIXELS", help="smallest face's side (64)")
     add("--margin", type=common.number(float, 1, 4), default=1.5, help="the crop's side in face sides (1.5)")
@@ -1073,7 +1071,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ):
         parser.error("--base-url takes an http or https address, and goes with --site or --urls")
     if args.delay < 1 and hostname(args.base_url or "") not in ("localhost", "127.0.0.1", "::1"):
-        parser.error("--delay: at least a second between two requests; less is for a --base-url on this very machine")
+        parser.error("--delay: at least a second between two requests; less is for a --base-url on this machine")
     if args.forget:
         try:
             args.forget = [post_name(name, args) for name in args.forget]

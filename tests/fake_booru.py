@@ -1,4 +1,4 @@
-"""A local image site that speaks all three families of APIs, plays the faults it is told to, and notes every request."""
+"""A local image site that speaks three families of APIs, plays faults, and notes every request."""
 
 import contextlib
 import hashlib
@@ -29,8 +29,8 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 class FakeBooru(ThreadingHTTPServer):
-    """`posts` are dicts with an id and whatever a test wants to differ; `faults[path]` are played one a request, then
-    the normal answer is given; `always[path]` is played every time. `log` has (seconds, path, host header) of each request."""
+    """`posts` are dicts with an id and whatever a test wants to differ; `faults[path]` are played one a request,
+    before the normal answer; `always[path]` is played every time. `log` has each request's time, path, host."""
 
     daemon_threads = True
     clock = staticmethod(time.monotonic)

@@ -1,4 +1,4 @@
-"""The face detector against brute force on a small made-up cascade, and on real pictures where DATA_DIR names some."""
+"""The face detector against brute force on a made-up cascade, and on real pictures under DATA_DIR."""
 
 import os
 import random
@@ -15,7 +15,7 @@ WINDOW = 8
 
 @pytest.fixture
 def cascade(tmp_path):
-    """Three stages of random stumps over random features of an 8x8 window: the file, and its numbers in plain lists."""
+    """Three stages of random stumps over random features of an 8x8 window: the file, and its numbers."""
     chance = random.Random(5)
     features = [
         (chance.randrange(3), chance.randrange(3), chance.randint(1, 2), chance.randint(1, 2)) for _ in range(9)
@@ -148,7 +148,7 @@ def test_a_file_that_is_no_cascade(tmp_path, text):
         crawl_anime.read_cascade(str(path))
 
 
-# What OpenCV 4.14's detectMultiScale(equalizeHist(grey), 1.1, 5, minSize=(48, 48)) finds, as left, top and side.
+# What OpenCV 4.14's detectMultiScale(equalizeHist(grey), 1.1, 5, minSize=(48, 48)) finds: left, top, side.
 OPENCV = {
     "cc_luffy_1.jpg": [(133, 105, 73), (511, 448, 65)],
     "books_C_Fuko_Ibuki_Holding_Up_C.jpg": [(220, 23, 259)],
