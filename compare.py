@@ -199,8 +199,11 @@ def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Comp
     judge = train_judge(data, compute, settings["steps"])
     buffer = io.BytesIO()
     torch.save(dict(settings=settings, weights=judge.state_dict()), buffer)
-    with common.replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    try:
+        with common.replacing(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+    except common.UserError as error:  # a shared data folder may be read-only
+        print(f"compare: the judge is not kept: {error}")
     return judge
 
 

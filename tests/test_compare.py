@@ -204,6 +204,9 @@ def test_judge_learns_and_is_kept(quick, digits, monkeypatch, capsys):
     again = compare.load_judge("digits", digits[0], "data", COMPUTE)
     assert not capsys.readouterr().out and torch.equal(again.look(digits[1].images, CPU)[0], features)
     monkeypatch.setattr(compare, "train_judge", lambda data, compute, steps: judge)
+    (quick / "a-file").touch()
+    compare.load_judge("digits", digits[0], "a-file", COMPUTE)  # a folder that can't be written
+    assert "the judge is not kept: can't write" in capsys.readouterr().out
     for change in ("images", "settings", "damage"):
         file = quick / "data" / "judge-digits.pt"
         data = digits[0]
