@@ -585,8 +585,9 @@ def list_files(folder: Path, size: int) -> tuple[list[str], str]:
                 if entry.is_dir(follow_symlinks=False):
                     visit(entry.path)
                 elif entry.is_file():
-                    status = entry.stat()
-                    found.append((os.path.relpath(entry.path, folder), status.st_size, status.st_mtime_ns))
+                    with contextlib.suppress(FileNotFoundError):  # removed a moment ago
+                        status = entry.stat()
+                        found.append((os.path.relpath(entry.path, folder), status.st_size, status.st_mtime_ns))
 
     try:
         visit(str(folder))
