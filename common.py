@@ -614,7 +614,7 @@ def read_footer(cache: Path) -> dict:
 
 
 def build_cache(cache: Path, folder: Path, files: list[str], size: int, signature: str) -> None:
-    """Decode all files in several processes and write their pixels one after the other: memory does not grow with them."""
+    """Decode all files in several processes and write their pixels one by one: memory does not grow with them."""
     count, skipped, reasons, progress = 0, 0, [], Progress(len(files), "files")
     chunks = [files[start : start + 64] for start in range(0, len(files), 64)]
     for leftover in cache.parent.glob(f".{cache.name}.*.tmp"):  # of builders that were killed
