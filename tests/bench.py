@@ -2,6 +2,7 @@
 
     python tests/bench.py --data-dir data                 # all trainings, at most eight minutes
     python tests/bench.py --data-dir data gan-guo         # some of them
+    python tests/bench.py --scaling                       # how seconds grow with batch, image, data and processes
 
 Prints images per second of both (the best of several rounds, data path included), the ratio, the ratio that is asked
 for, and the share of our step spent outside matrix products and convolutions. Ends with status 1 when a ratio is too
@@ -10,7 +11,10 @@ low. Figures mean something only on an idle machine.
 
 import argparse
 import importlib
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +43,7 @@ TRAININGS = {
     "vae-guo": Training("vae", "--preset guo", 2.5),
     "vae-banerjee-linear": Training("vae", "--preset banerjee-linear", 1.8),
     "vae-banerjee-conv": Training("vae", "--preset banerjee-conv", 1.5),
+    "cvaegan": Training("cvaegan", "", 2.0),
 }
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "conv2d", "conv_transpose2d")
 
@@ -88,12 +93,68 @@ def share_outside_products(steps: Iterator[None], seconds_a_step: float, count: 
     return max(0.0, 1 - inside / count / seconds_a_step)
 
 
+def step_seconds(script: str, options: str, size: int = 28, seconds: float = 4) -> float:
+    """Seconds a step on random images."""
+    module = importlib.import_module(script)
+    args = module.parse_args(options.split())
+    shape = (args.batch_size, 1, 28, 28) if size == 28 else (args.batch_size, 3, size, size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    networks = module.build(args)
+    compute = common.Compute(torch.device("cpu"), "bf16" if common.has_native_bf16(torch.device("cpu")) else "fp32")
+    step = module.make_step(args, compute, networks, module.make_optimizers(args, networks))
+    return compare({"": iter(lambda: step(images), None)}, seconds)[""]
+
+
+def process_rate(count: int) -> float:
+    """Images a second of `gan.py --preset banerjee` on digits with so many processes of one thread each."""
+    options = "--preset banerjee --dataset digits --epochs 2 --batch-size 1024 --out-dir run"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        command += [str(Path(common.__file__).with_name("gan.py")), *options.split()]
+        subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+        return common.load_checkpoint(Path(folder, "run"))["history"][-1]["images per second"]
+
+
+def scaling() -> None:
+    """Prints how time grows: a row a case, on random images."""
+    print("batch size, gan.py --preset guo: microseconds an image")
+    for size in (25, 50, 100, 200, 400, 800):
+        print(f"{size:>12,}{step_seconds('gan', f'--batch-size {size}') / size * 1e6:>10.1f}")
+    print("image size, dcgan.py on a folder, batch 32: milliseconds an image")
+    for size in (32, 64, 128):
+        seconds = step_seconds("dcgan", f"--dataset anime --batch-size 32 --image-size {size}", size, 8)
+        print(f"{size:>12,}{seconds / 32 * 1e3:>10.2f}")
+    print(
+        "images in a mapped cache (64x64): milliseconds to map, microseconds an image to fetch in random batches of 128"
+    )
+    for count in (10_000, 100_000, 1_000_000):
+        with (
+            tempfile.NamedTemporaryFile() as file
+        ):  # a sparse file: it takes no room, and reading it is as fast as memory
+            size = count * 3 * 64 * 64
+            file.truncate(size)
+            start = time.perf_counter()
+            images = torch.from_file(file.name, size=size, dtype=torch.uint8).view(count, 3, 64, 64)
+            mapped, start = time.perf_counter() - start, time.perf_counter()
+            for _, _ in zip(range(70), common.batches(common.Data(images, None), 128)):
+                pass
+            fetched = (time.perf_counter() - start) / 70 / 128
+            print(f"{count:>12,}{mapped * 1e3:>10.2f}{fetched * 1e6:>10.1f}")
+            del images
+    print("processes of one thread, gan.py --preset banerjee, batch 1,024: images a second")
+    for count in (1, 2):
+        print(f"{count:>12,}{process_rate(count):>10,.0f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"trainings to time, of {', '.join(TRAININGS)} (all)")
     parser.add_argument("--data-dir", default="data", help="folder with MNIST/raw and anime (data)")
     parser.add_argument("--seconds", type=float, default=36.0, help="time for each training, in seconds (36)")
+    parser.add_argument("--scaling", action="store_true", help="print the second table instead")
     options = parser.parse_args()
+    if options.scaling:
+        return scaling()
     if unknown := set(options.names) - set(TRAININGS):
         parser.error(f"no training named {', '.join(sorted(unknown))}: there are {', '.join(TRAININGS)}")
 
