@@ -860,16 +860,16 @@ def fetch_and_crop(
             yield post, "skipped", reason, []
             continue
         try:
-            yield post, "faces", "", crop(fetch_picture(fetcher, post))
-            failures = 0
-        except Unusable as error:
-            yield post, "skipped", str(error), []
+            picture = fetch_picture(fetcher, post)
         except Unfetched as error:
             failed = error.again or error.status in (401, 403)
             failures = failures + 1 if failed else 0
             yield post, "failed" if failed else "skipped", error.reason, []
             if failures == FAILURES:
                 raise SourceError(f"{failures} pictures in a row did not come ({error.reason})") from error
+        else:
+            failures = 0
+            yield finish(post, functools.partial(crop, picture))
 
 
 def unwanted(post: Post, ratings: list[str]) -> str:
@@ -896,7 +896,7 @@ def crop_on_disk(posts: list[Post], crop: Callable) -> Iterator[Result]:
     """All processors at once, in the order of the posts."""
     workers = min(os.cpu_count() or 1, len(posts) // 8)
     if workers < 2:
-        yield from (finish(post, lambda post=post: crop(post.files[0][0])) for post in posts)
+        yield from (finish(post, functools.partial(crop, post.files[0][0])) for post in posts)
         return
     spawning = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, spawning, start_worker) as pool:
@@ -1042,11 +1042,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--base-url", metavar="URL", help="another host that speaks the site's API")
     add("--to", metavar="DIR", default="data/anime", help="folder of the crops (data/anime)")
     add("--limit", type=common.number(int, 1), metavar="N", help="faces in the folder at the end (2000 from a site)")
-    add("--rating", nargs="+", choices=RATINGS, default=["general"], help="which ratings to take (general)")
+    add(
+        "--rating",
+        nargs="+",
+        choices=RATINGS,
+        default=["general"],
+        metavar="RATING",
+        help=f"what to take of {', '.join(RATINGS)} (general)",
+    )
     add("--detector", choices=["lbp", "none"], default="lbp", help="find faces, or take the centre square (lbp)")
     add("--cascade", metavar="FILE", help=f"the detector's file, downloaded when absent ({CASCADE_FILE})")
     add("--min-face", type=common.number(int, 24), default=64, metavar="PIXELS", help="smallest face's side (64)")
-    add("--margin", type=common.number(float, 1, 4), default=1.5, help="the crop's side in face sides (1.5)")
+    add(
+        "--margin",
+        type=common.number(float, 1, 4),
+        default=1.5,
+        metavar="RATIO",
+        help="the crop's side in face sides (1.5)",
+    )
     add(
         "--delay",
         type=common.number(float, 0),

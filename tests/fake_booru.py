@@ -40,6 +40,7 @@ class FakeBooru(ThreadingHTTPServer):
         self.page, self.log, self.faults, self.always = page, [], defaultdict(list), {}
         self.files: dict[str, bytes] = {}
         self.robots: str | None = None
+        self.searches: list[str] = []
         self.posts: list[dict] = []
         for number in range(1, count + 1):
             self.add(number, encode(draw(number)))
@@ -96,6 +97,7 @@ class Handler(BaseHTTPRequestHandler):
     def api(self, path: str, query: dict) -> bytes:
         """What the family that owns the path answers, quirks included."""
         danbooru, moebooru = path == "/posts.json", path == "/post.json"
+        self.server.searches.append(query["tags"])
         words = query["tags"].split()
         below = [int(word[4:]) for word in words if word.startswith("id:<")]
         if danbooru and query.get("page", "").startswith("b"):

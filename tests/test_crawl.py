@@ -114,6 +114,7 @@ def test_danbooru_sensitive_is_not_general_and_the_query_says_so(server, tmp_pat
     server.posts[0] |= dict(rating="s", artist="someone\x1b[31m\u202e", source="https://example.com/\n1")
     assert crawl(server, tmp_path, site="danbooru") == 0
     row = rows(tmp_path)["3"]
+    assert server.searches == ["1girl solo rating:g"] * 2
     assert row["reason"] == "rating" and row["rating"] == "sensitive"
     assert row["artist"] == "someone [31m " and row["source"] == "https://example.com/ 1"
 
@@ -437,7 +438,7 @@ def test_robots_by_rfc_9309(text, path, expected):
     [
         (status(200, b"\xef\xbb\xbfUser-agent: *\nDisallow: /images/7/2.png\n"), ["3.png", "1.png"]),
         (status(200, b"User-agent: *\nDisallow: /\n"), []),
-        (status(200, b"User-agent: *\nDisallow: /index.php\n"), ["3.png", "2.png", "1.png"]),  # an API has its own rules
+        (status(200, b"User-agent: *\nDisallow: /index.php\n"), ["3.png", "2.png", "1.png"]),  # an API is excepted
         (status(403), ["3.png", "2.png", "1.png"]),
         (status(500), []),
         (fake_booru.reset, []),
