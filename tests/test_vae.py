@@ -13,18 +13,9 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import common
 import vae
-from tests.conftest import ROOT, assert_same_run
+from tests.conftest import ROOT, assert_same_run, write_idx
 
 CPU = common.Compute(torch.device("cpu"), "fp32")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks and batches are tiny here: a second thread would only wait for a busy core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(preset="guo", **changes):
@@ -223,8 +214,8 @@ def train(folder, out_dir, *options):
 
 
 @pytest.mark.parametrize("preset", vae.PRESETS)
-def test_stopped_and_resumed_is_the_unbroken_run(preset, idx_files, tmp_path):
-    data, run = idx_files(), ["--preset", preset, "--batch-size", 20]
+def test_stopped_and_resumed_is_the_unbroken_run(preset, tmp_path):
+    data, run = write_idx(tmp_path), ["--preset", preset, "--batch-size", 20]
     train(data, tmp_path / "unbroken", *run, "--epochs", 4)
     train(data, tmp_path / "stopped", *run, "--epochs", 2)
     train(data, tmp_path / "stopped", "--preset", preset, "--resume", "--epochs", 4)
@@ -240,8 +231,8 @@ def test_stopped_and_resumed_is_the_unbroken_run(preset, idx_files, tmp_path):
             assert parts[0] == pytest.approx(parts[1] + parts[2], rel=1e-5)
 
 
-def test_evaluate(idx_files, tmp_path, capsys):
-    data = idx_files()
+def test_evaluate(tmp_path, capsys):
+    data = write_idx(tmp_path)
     train(data, tmp_path / "run", "--epochs", 1, "--batch-size", 20)
     capsys.readouterr()
     for _ in range(2):
@@ -273,8 +264,8 @@ def test_mistakes_get_one_line(options, message, tmp_path, capsys, monkeypatch):
     assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("vae.py: error: ") and message in error
 
 
-def test_beta_is_kept_in_the_run(idx_files, tmp_path, capsys):
-    data = idx_files()
+def test_beta_is_kept_in_the_run(tmp_path, capsys):
+    data = write_idx(tmp_path)
     train(data, tmp_path / "run", "--epochs", 1, "--batch-size", 20, "--beta", 3)
     assert common.load_checkpoint(tmp_path / "run", "vae")["options"]["beta"] == 3.0
     with pytest.raises(SystemExit):
@@ -312,8 +303,8 @@ def test_latent_map_of_a_collapsed_encoder():
     vae.draw_latent_map(networks["encoder"], some_images(10), torch.arange(10))
 
 
-def test_two_processes_train_as_one(idx_files, tmp_path):
-    data = idx_files(64)
+def test_two_processes_train_as_one(tmp_path):
+    data = write_idx(tmp_path, 64)
     options = ["--data-dir", str(data), "--epochs", "2", "--batch-size", "16", "--device", "cpu", "--precision", "fp32"]
     train(data, tmp_path / "one", *options[2:])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
