@@ -21,11 +21,20 @@ layer of discriminator D and classifier C. Losses are sums over dimensions and m
     L'_GD  -log D(x_p)                                     G                    0        1
     L'_GC  -log P(c | x_p)                                 G                    0        5
 
-All four gradients belong to the weights of before the step. D and C minimise cross entropy and E and G do not move
-them: the paper's asymmetric training. The paper's weights balance against the 49,152 numbers of a face; of 784, L_KL
-has to be weaker for a latent to say anything. And matched means leave a sample of the prior free to be anything that
-does not change them, so the last two rows, which the paper replaces by the matching, come back beside it.
-FIGURES
+D and C minimise cross entropy, and nothing that E and G minimise moves them: the paper's asymmetric training. What
+differs from the paper: its weights balance the 49,152 numbers of a face; against 784, its L_KL leaves a latent little to
+say, so ours is weaker. Matched means alone let the samples of a class be alike: L'_GD, which the paper replaces by L_GD,
+comes back beside it for variety, and L'_GC keeps its samples in their class. Small networks, tanh pixels, beta1 0.5.
+
+On MNIST at --lr 5e-4, bf16, judged by a separate classifier (99.4 % on test images) from 10,000 samples of the prior:
+label agreement, precision and recall (Kynkaanniemi et al. 2019, k 3, 5,000 images) and the least, over the classes, of
+the samples' mean pairwise pixel distance against that of real images, which themselves reach 0.87 and 0.89:
+
+    --weights paper, 2 epochs    99.5 %    0.96    0.06    0.60
+    --weights ours,  3 epochs    98.7 %    0.91    0.37    0.74
+    --weights ours,  5 epochs    98.8 %    0.90    0.52    0.79
+
+An epoch takes 23 seconds on 2 cores of an AMD EPYC (Zen 4), 2,600 images a second.
 """
 
 # /// script
