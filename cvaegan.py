@@ -21,10 +21,10 @@ layer of discriminator D and classifier C. Losses are sums over dimensions and m
     L'_GD  -log D(x_p)                                     G                    0        1
     L'_GC  -log P(c | x_p)                                 G                    0        5
 
-D and C minimise cross entropy, and nothing that E and G minimise moves them: the paper's asymmetric training. What
-differs from the paper: its weights balance the 49,152 numbers of a face; against 784, its L_KL leaves a latent little to
-say, so ours is weaker. Matched means alone let the samples of a class be alike: L'_GD, which the paper replaces by L_GD,
-comes back beside it for variety, and L'_GC keeps its samples in their class. Small networks, tanh pixels, beta1 0.5.
+D and C minimise cross entropy, and nothing that E and G minimise moves them: the paper's asymmetric training.
+What differs: the paper's weights balance the 49,152 numbers of a face; against 784, its L_KL leaves a latent
+little to say, so ours is weaker. Matched means alone let the samples of a class be alike: L'_GD, which the paper
+replaces by L_GD, comes back beside it for variety, and L'_GC holds each sample in its class meanwhile.
 
 On MNIST at --lr 5e-4, bf16, judged by a separate classifier (99.4 % on test images) from 10,000 samples of the prior:
 label agreement, precision and recall (Kynkaanniemi et al. 2019, k 3, 5,000 images) and the least, over the classes, of
