@@ -225,7 +225,7 @@ def test_judge_sees_through_blur_and_dimness():
     worse = compare.worsened(torch.full((200, 1, 12, 12), 0.5))
     dims, specks = worse.mean((1, 2, 3)), worse[:, :, 4:8, 4:8].flatten(1).std(1)
     assert worse.shape == (200, 1, 12, 12) and dims.min() < 0.25 and dims.max() < 0.6
-    assert 0.3 < (specks < 1e-6).float().mean() < 0.7 and specks.max() < 0.4  # half are left without speckle
+    assert 0.3 < (specks < 1e-6).float().mean() < 0.7 and specks.max() < 0.52  # 0.3 in 16 pixels
 
 
 @pytest.mark.parametrize("size", [28, 64])
