@@ -322,22 +322,25 @@ class Compute(NamedTuple):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def choose_compute(args: argparse.Namespace) -> Compute:
-    """The device and precision of a run, printed with the reason."""
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """The device that `--device` names, or the best there is; UserError when it isn't there."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     kind = args.device if args.device != "auto" else accelerator.type if accelerator else "cpu"
     if kind != "cpu" and (accelerator is None or accelerator.type != kind):
-        raise UserError(
-            f"--device {kind}: this machine has {accelerator or 'no accelerator'}; --device auto takes what there is"
-        )
-    device = torch.device(kind)
-    name = f"cpu, {torch.get_num_threads()} threads"
-    if kind == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        name = torch.cuda.get_device_name(device)
-    elif kind != "cpu":
-        name = kind
+        here = accelerator or "no accelerator"
+        raise UserError(f"--device {kind}: this machine has {here}; --device auto takes what there is")
+    if kind != "cuda":
+        return torch.device(kind)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_compute(args: argparse.Namespace) -> Compute:
+    """The device and precision of a run, printed with the reason."""
+    device = choose_device(args)
+    name = {"cpu": f"cpu, {torch.get_num_threads()} threads"}.get(device.type, device.type)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     native = has_native_bf16(device)
     precision = ("bf16" if native else "fp32") if args.precision == "auto" else args.precision
     if not is_quiet():
@@ -761,10 +764,11 @@ def write_picture(path: str | Path, image: Tensor | Image.Image, sync: bool = Tr
         to_picture(image).save(temporary, format="PNG")
 
 
-def ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) from low to high."""
+def ticks(low: float, high: float, count: int = 6, least: float = 0.0) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten) from low to high, at least `least` apart."""
     step = 10 ** math.floor(math.log10((high - low) / count))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
+    step = max(step, least)
     return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -781,7 +785,7 @@ class Plot:
         self.font = ImageFont.load_default(size=28)
         (self.x0, self.x1), (self.y0, self.y1) = x_range, y_range
         self.left, self.right, self.top, self.bottom = 150, self.width - 40, 40, self.height - 110
-        for x in ticks(self.x0, self.x1):
+        for x in ticks(self.x0, self.x1, least=1 if x_label == "epoch" else 0):
             column = self.point(x, self.y0)[0]
             self.draw.line((column, self.top, column, self.bottom), "#e6e6e6", 2)
             self.draw.text((column, self.bottom + 12), f"{x:g}", "black", self.font, anchor="ma")
@@ -901,6 +905,9 @@ class Run:
         self.args, self.compute, self.data = args, compute, data
         self.networks, self.optimizers = networks, optimizers
         self.folder, self.history, self.epoch = Path(args.out_dir), [], 0
+        if len(data.images) < args.batch_size and "batch_size" not in args.given and args.dataset not in LABELLED:
+            args.batch_size = max(1, len(data.images) // processes()) * processes()  # a small folder is one batch
+            print(f"{args.script}: all {args.batch_size} images in one batch")
         self.steps = len(data.images) // args.batch_size
         self.names, self.extra, self.interrupted, self.display = [], {}, False, None
         self.saved_at, self.saving = -math.inf, 0.0
@@ -987,17 +994,17 @@ class Run:
         now = time.perf_counter()
         if now - self.shown > 0.5 and sys.stdout.isatty() and not is_quiet():
             self.shown = now
-            self.show(self.losses[self.step - 1].tolist(), self.step, now - self.started)
+            self.show(dict(zip(self.names, self.losses[self.step - 1].tolist())), now - self.started)
 
-    def show(self, losses: list[float], step: int, seconds: float) -> None:
-        """The progress line."""
+    def show(self, losses: dict[str, float], seconds: float) -> None:
+        """The progress line, `seconds` into an epoch."""
         done, total = len(self.history) + 1, self.args.epochs
-        per_epoch = [row["seconds"] for row in self.history[-5:]] or [seconds * self.steps / step]
-        left = sum(per_epoch) / len(per_epoch) * (total - done) + seconds * (self.steps / step - 1)
-        figures = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in zip(self.names, losses))
-        rate = step * self.args.batch_size / seconds
+        per_epoch = [row["seconds"] for row in self.history[-5:]] or [seconds * self.steps / self.step]
+        left = sum(per_epoch) / len(per_epoch) * (total - done) + seconds * (self.steps / self.step - 1)
+        figures = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in losses.items())
+        rate = self.step * self.args.batch_size / seconds
         line = f"epoch {done:>{len(str(total))}}/{total}  {figures}  {rate:,.0f} images/s  {clock(left)} left"
-        show_line(line, end="\n" if step == self.steps or not sys.stdout.isatty() else "")
+        show_line(line, end="\n" if self.step == self.steps or not sys.stdout.isatty() else "")
 
     def stop_if_interrupted(self) -> None:
         if self.interrupted:
@@ -1029,7 +1036,8 @@ class Run:
         rate = self.step * self.args.batch_size / seconds
         row = {"epoch": epoch, **dict(zip(self.names, means.tolist())), **self.extra}
         if not is_quiet():
-            self.show(means.tolist(), self.step, seconds)
+            tested = {name: value for name, value in self.extra.items() if name.startswith("test loss")}
+            self.show(dict(zip(self.names, means.tolist())) | tested, seconds)
         self.history.append(row | {"seconds": round(seconds, 3), "images per second": round(rate, 1)})
         # At most one part in 33 of the time goes into saving, however short an epoch is.
         if epoch == self.args.epochs or time.perf_counter() - self.saved_at > 33 * self.saving:
@@ -1119,9 +1127,8 @@ class Sampler(NamedTuple):
     generate: Callable  # (latents (N, latent_size), labels (N,) or None) -> images float32 (N, C, H, W) in [0, 1]
     parameters: int  # weights of all networks
     classes: int = 0  # labels that `generate` takes; 0 for an unconditional model
-    evaluate: Callable | None = (
-        None  # (images uint8 (N, C, H, W)) -> dict of figures in nats, for models with a likelihood
-    )
+    # (images uint8 (N, C, H, W), samples=500) -> bounds on the likelihood by name, in nats; None where there is none
+    evaluate: Callable | None = None
 
 
 def restore_networks(networks: dict[str, nn.Module], checkpoint: dict, device: torch.device) -> dict[str, nn.Module]:
@@ -1161,9 +1168,9 @@ def sample(args: argparse.Namespace, load_sampler: Callable) -> None:
         raise UserError("a grid shows at most 10,000 images: --to FOLDER writes any number")
     if target.is_dir() if as_grid else target.exists() and not target.is_dir():
         raise UserError(f"--to {target}: there is a {'folder' if as_grid else 'file'} of that name")
-    compute = choose_compute(args)
-    sampler = load_sampler(args.checkpoint, compute.device)
-    chunks = draw(sampler, args.sample, args.seed, compute.device, getattr(args, "label", None))
+    device = choose_device(args)
+    sampler = load_sampler(args.checkpoint, device)
+    chunks = draw(sampler, args.sample, args.seed, device, getattr(args, "label", None))
     if as_grid:
         images = torch.cat([images for images, _ in chunks])
         write_picture(target, grid(to_unit(images), columns=min(math.ceil(math.sqrt(args.sample)), 100)))
