@@ -759,8 +759,8 @@ def to_picture(image: Tensor | Image.Image) -> Image.Image:
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def write_picture(path: str | Path, image: Tensor | Image.Image, sync: bool = True) -> None:
-    with replacing(path, sync) as temporary:
+def write_picture(path: str | Path, image: Tensor | Image.Image) -> None:
+    with replacing(path, sync=False) as temporary:  # thousands are written, and any can be drawn again
         to_picture(image).save(temporary, format="PNG")
 
 
@@ -1195,6 +1195,6 @@ def write_folder(folder: Path, chunks: Iterator, count: int) -> None:
     for images, labels in chunks:
         for i, image in enumerate(images):
             place = folder if labels is None else folder / str(int(labels[i]))
-            write_picture(place / f"{written:0{digits}}.png", to_unit(image), sync=False)
+            write_picture(place / f"{written:0{digits}}.png", to_unit(image))
             written += 1
         progress.update(written)
