@@ -27,6 +27,7 @@ def test_every_command_parses(command, tmp_path, monkeypatch):
         return
     module = importlib.import_module(script.removesuffix(".py"))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
     if "--sample" in options or "--resume" in options or "--evaluate" in options:
         import common
 
