@@ -248,6 +248,8 @@ def run_command(function: Callable[[argparse.Namespace], None], args: argparse.N
                 cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
                 dist.init_process_group("nccl" if cuda else "gloo")
             function(args)
+            if dist.is_initialized():
+                dist.barrier()  # a process that leaves early takes its connections with it
         except UserError as error:
             fail(error.status, f"error: {error}")
         except KeyboardInterrupt as interrupt:
