@@ -52,9 +52,7 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +67,7 @@ SAMPLES = 10_000
 NEIGHBOURHOODS = 5_000  # images of each side for precision and recall, whose values depend on it
 WALKS, STEPS = 200, 16
 BOUND_IMAGES = 250  # test images on which the gap between both bounds is measured: 500 decodings each
+LEAST_STEPS, MOST_STEPS = 250, 1200  # of the judge: five epochs of MNIST, more of smaller sets
 JUDGE = dict(version=1, batch_size=256, lr=5e-3, widths=[32, 64, 128], features=128, shift=2, temperature=0.2)
 
 # figure: digits after the point
@@ -100,19 +99,13 @@ class Judge(nn.Module):
 
     def shrink(self, images: Tensor) -> Tensor:
         """uint8 of any size to floats in [0, 1] of at most 32x32."""
-        images = common.to_unit(images)
-        return images if images.shape[-1] == self.size else F.adaptive_avg_pool2d(images, self.size)
+        return F.adaptive_avg_pool2d(common.to_unit(images), self.size)
 
     @torch.no_grad()
     def look(self, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """uint8 (N, C, H, W) to features float64 (N, 128) and the class, or largest output, (N,): on the CPU."""
-        self.eval()
-        features, classes = [], []
-        for chunk in images.split(500):
-            found = self.trunk(self.shrink(chunk.to(device)))
-            features.append(found.cpu().double())
-            classes.append(self.head(found).argmax(1).cpu())
-        return torch.cat(features), torch.cat(classes)
+        features = torch.cat([self.trunk(self.shrink(chunk.to(device))) for chunk in images.split(500)])
+        return features.cpu().double(), self.head(features).argmax(1).cpu()
 
 
 def contrastive_loss(one: Tensor, other: Tensor, temperature: float) -> Tensor:
@@ -125,12 +118,10 @@ def contrastive_loss(one: Tensor, other: Tensor, temperature: float) -> Tensor:
 
 def shifted(images: Tensor, most: int) -> Tensor:
     """Each image moved by up to `most` whole pixels either way, zeros moving in: (N, C, H, W) to the same."""
-    n, _, height, width = images.shape
-    padded = F.pad(images, (most,) * 4).permute(0, 2, 3, 1)  # (N, H + 2 most, W + 2 most, C)
-    down, right = torch.randint(0, 2 * most + 1, (2, n, 1, 1), device=images.device)
-    rows = down + torch.arange(height, device=images.device)[:, None]
-    columns = right + torch.arange(width, device=images.device)
-    return padded[torch.arange(n, device=images.device)[:, None, None], rows, columns].permute(0, 3, 1, 2)
+    height, width = images.shape[-2:]
+    places = F.pad(images, (most,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 2 most + 1, ..., H, W)
+    down, right = torch.randint(0, 2 * most + 1, (2, len(images)), device=images.device)
+    return places[torch.arange(len(images), device=images.device), :, down, right]
 
 
 def worsened(images: Tensor) -> Tensor:
@@ -168,15 +159,12 @@ def train_judge(data: common.Data, compute: common.Compute, steps: int) -> Judge
         images = judge.shrink(data.images[picked].to(compute.device)).contiguous(memory_format=torch.channels_last)
         with compute.autocast():
             if data.labels is None:
-                views = torch.cat([cropped(images), cropped(images)])
-                outputs = judge.head(judge.trunk(views)).float()
+                outputs = judge.head(judge.trunk(torch.cat([cropped(images), cropped(images)]))).float()
                 loss = contrastive_loss(*outputs.chunk(2), JUDGE["temperature"])
             else:
                 logits = judge.head(judge.trunk(worsened(shifted(images, JUDGE["shift"])))).float()
                 loss = F.cross_entropy(logits, data.labels[picked].to(compute.device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        common.descend(loss, optimizer)
         schedule.step()
         progress.update(step + 1)
     return judge.eval()
@@ -187,7 +175,8 @@ def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Comp
     path = Path(data_dir, f"judge-{name}.pt")
     some = data.images[:: math.ceil(len(data.images) / 1000)].contiguous()
     images = f"{list(data.images.shape)} {hashlib.sha256(some.numpy().tobytes()).hexdigest()}"
-    settings = JUDGE | dict(images=images, steps=judge_steps(data))
+    steps = min(MOST_STEPS, max(LEAST_STEPS, len(data.images) // 50))
+    settings = JUDGE | dict(images=images, steps=steps)
     judge = Judge(data).to(compute.device)
     try:
         kept = torch.load(path, map_location=compute.device, weights_only=True)
@@ -197,7 +186,7 @@ def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Comp
     except Exception:  # absent, or damaged in any way: it can always be made again
         pass
     print(f"training the judge of {name}, once: it is kept as {path}", flush=True)
-    judge = train_judge(data, compute, settings["steps"])
+    judge = train_judge(data, compute, steps)
     buffer = io.BytesIO()
     torch.save(dict(settings=settings, weights=judge.state_dict()), buffer)
     try:
@@ -206,11 +195,6 @@ def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Comp
     except common.UserError as error:  # a shared data folder may be read-only
         print(f"compare: the judge is not kept: {error}")
     return judge
-
-
-def judge_steps(data: common.Data) -> int:
-    """Five epochs of MNIST; more of smaller sets."""
-    return min(1200, max(250, len(data.images) // 50))
 
 
 # ----------------------------------------------------------------------------------------------- the measures
@@ -251,11 +235,9 @@ def class_figures(shares: Tensor, real_shares: Tensor) -> tuple[int, float]:
 
 def split_speckle(images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) as calm + speckle: calm has every pixel within the range of the eight around it."""
-    height, width = images.shape[-2:]
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
-    places = [place for place in itertools.product(range(3), range(3)) if place != (1, 1)]
-    around = torch.stack([padded[..., y : y + height, x : x + width] for y, x in places])  # (8, N, C, H, W)
-    calm = images.clamp(around.amin(0), around.amax(0))
+    around = padded.unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)[..., [0, 1, 2, 3, 5, 6, 7, 8]]  # (N, C, H, W, 8)
+    calm = images.clamp(around.amin(4), around.amax(4))
     return calm, images - calm
 
 
@@ -304,21 +286,16 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
 
 def patches(images: Tensor, per_image: int, generator: torch.Generator) -> Tensor:
     """Random 7x7 patches of (N, C, H, W): (N * per_image, 7, 7, C)."""
-    n, _, height, width = images.shape
-    which = torch.arange(n).repeat_interleave(per_image)[:, None, None]
-    rows = torch.randint(height - 6, (len(which), 1, 1), generator=generator) + torch.arange(7)[:, None]
-    columns = torch.randint(width - 6, (len(which), 1, 1), generator=generator) + torch.arange(7)
-    return images.permute(0, 2, 3, 1)[which, rows, columns]
+    which = torch.arange(len(images)).repeat_interleave(per_image)
+    down, right = (torch.randint(side - 6, which.shape, generator=generator) for side in images.shape[-2:])
+    return images.unfold(2, 7, 1).unfold(3, 7, 1)[which, :, down, right].permute(0, 2, 3, 1)
 
 
 def sliced_distance(one: Tensor, other: Tensor, directions: int = 256) -> float:
     """Sliced Wasserstein-1 distance of two sets of N points (N, d): the mean over random directions."""
     lines = F.normalize(torch.randn(one.shape[1], directions, generator=torch.Generator().manual_seed(0)), dim=0)
-    distances = [
-        ((one @ some).sort(dim=0).values - (other @ some).sort(dim=0).values).abs().mean(0)
-        for some in lines.split(32, dim=1)
-    ]
-    return torch.cat(distances).mean().item()
+    one, other = ((points @ lines).sort(dim=0).values for points in (one, other))
+    return (one - other).abs().mean().item()
 
 
 def sliced_wasserstein(real: Tensor, fake: Tensor, per_image: int = 16) -> float:
@@ -347,8 +324,7 @@ class Reals(NamedTuple):
     images: Tensor  # test images uint8 (N, C, H, W) in random order; of a folder, one half of the images
     floor: common.Data  # training images in random order, at most SAMPLES; of a folder, the other half
     judge: Judge
-    features: Tensor  # of the images, float64 (N, 128), scaled to a total variance of 100
-    scale: float  # of the judge's features to these
+    features: Tensor  # of the images, float64 (N, 128)
     shares: Tensor | None  # of the classes, as the judge sees them
     accuracy: float | None  # of the judge on the test images
     texture: tuple[float, float]  # slope and speckle of the images
@@ -357,27 +333,25 @@ class Reals(NamedTuple):
 def load_reals(dataset: str, size: int | None, data_dir: str, compute: common.Compute) -> Reals:
     """Test images, floor and judge of a data set. Raises UserError when the data is absent or has under 20 images."""
     name = Path(dataset).name + (f"-{size}" if size else "")
-    data = common.load_data(dataset, data_dir, size=size)
+    train = common.load_data(dataset, data_dir, size=size)
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(data.images), generator=generator)
+    order = torch.randperm(len(train.images), generator=generator)
     if len(order) < 20:
         raise common.UserError(f"{dataset} has {len(order)} images: too few to compare with")
-    if data.labels is None:
-        images, order = data.images[order[: len(order) // 2][:SAMPLES]], order[len(order) // 2 :]
+    judge = load_judge(name, train, data_dir, compute)
+    shares = accuracy = None
+    if train.labels is None:
+        half = len(order) // 2
+        images, floor = train.images[order[:half][:SAMPLES]], common.Data(train.images[order[half:][:SAMPLES]], None)
+        features, _ = judge.look(images, compute.device)
     else:
         test = common.load_data(dataset, data_dir, train=False)
-        shuffle = torch.randperm(len(test.images), generator=generator)[:SAMPLES]
-        images, labels = test.images[shuffle], test.labels[shuffle]
-    picked = order[:SAMPLES]
-    floor = common.Data(data.images[picked], None if data.labels is None else data.labels[picked])
-    judge = load_judge(name, data, data_dir, compute)
-    features, classes = judge.look(images, compute.device)
-    scale = 10 / features.var(0).sum().sqrt().item()
-    shares = accuracy = None
-    if data.labels is not None:
+        picked = torch.randperm(len(test.images), generator=generator)[:SAMPLES]
+        images, floor = test.images[picked], common.Data(*(part[order[:SAMPLES]] for part in train))
+        features, classes = judge.look(images, compute.device)
         shares = classes.bincount(minlength=10).clamp(min=1) / len(classes)
-        accuracy = (classes == labels).double().mean().item()
-    return Reals(name, images, floor, judge, features * scale, scale, shares, accuracy, texture(images))
+        accuracy = (classes == test.labels[picked]).double().mean().item()
+    return Reals(name, images, floor, judge, features, shares, accuracy, texture(images))
 
 
 class Run(NamedTuple):
@@ -426,9 +400,9 @@ def scripts() -> set[str]:
 def measure(images: Tensor, labels: Tensor | None, reals: Reals, device: torch.device) -> dict[str, float]:
     """All figures of samples, uint8 (N, C, H, W), that need nothing but them; labels (N,) are the classes asked for."""
     features, classes = reals.judge.look(images, device)
-    features = features * reals.scale
     few = min(len(features), len(reals.features), NEIGHBOURHOODS)
-    figures = {"Frechet": frechet_distance(reals.features, features)}
+    variance = reals.features.var(0).sum().item()
+    figures = {"Frechet": 100 * frechet_distance(reals.features, features) / variance}
     figures["precision"], figures["recall"] = precision_and_recall(reals.features[:few].float(), features[:few].float())
     if reals.shares is not None:
         shares = classes.bincount(minlength=len(reals.shares)) / len(classes)
@@ -442,78 +416,65 @@ def measure(images: Tensor, labels: Tensor | None, reals: Reals, device: torch.d
     return figures
 
 
-def walk(sampler: common.Sampler, count: int, steps: int, device: torch.device) -> Tensor:
-    """Images on `count` walks between random latents, of one class each: uint8 (count, steps + 1, C, H, W)."""
-    start, end = torch.randn(2, count, sampler.latent_size, generator=torch.Generator().manual_seed(1))
-    latents = interpolate(start, end, steps + 1)  # (count, steps + 1, latent_size)
+def walk(sampler: common.Sampler, device: torch.device) -> Tensor:
+    """Images on walks between random latents, of one class each: uint8 (WALKS, STEPS + 1, C, H, W)."""
+    start, end = torch.randn(2, WALKS, sampler.latent_size, generator=torch.Generator().manual_seed(1))
     pictures = []
-    for i, path in enumerate(latents):
-        labels = torch.full((steps + 1,), i % sampler.classes, device=device) if sampler.classes else None
+    for i, path in enumerate(interpolate(start, end, STEPS + 1)):  # (STEPS + 1, latent_size)
+        labels = torch.full((len(path),), i % sampler.classes, device=device) if sampler.classes else None
         pictures.append(common.to_bytes(sampler.generate(path.to(device), labels)))
     return torch.stack(pictures)
 
 
-def measure_run(run: Run, reals: Reals, count: int, device: torch.device) -> tuple[dict, list[Tensor]]:
-    """All figures of a run, and the pictures that show it: twelve samples, then a walk in eight."""
+def measure_run(run: Run, reals: Reals, count: int, device: torch.device) -> dict:
+    """A run's row of the table: its figures, and as pictures twelve samples, then a walk in eight."""
     chunks, progress = [], common.Progress(count, f"samples of {run.name}")
-    for chunk in common.draw(run.sampler, count, 0, device):
-        chunks.append(chunk)
+    for images, labels in common.draw(run.sampler, count, 0, device):
+        chunks.append((images, labels))
         progress.update(sum(len(images) for images, _ in chunks))
     images = torch.cat([images for images, _ in chunks])
     labels = torch.cat([labels for _, labels in chunks]) if run.sampler.classes else None
-    figures = run.figures | measure(images, labels, reals, device)
-    walks = walk(run.sampler, WALKS, STEPS, device)
+    walks = walk(run.sampler, device)
     features, _ = reals.judge.look(walks.flatten(0, 1), device)
-    figures["walk"] = evenness(features.view(WALKS, STEPS + 1, -1))
+    row = run.figures | measure(images, labels, reals, device)
+    row["walk"] = evenness(features.view(WALKS, STEPS + 1, -1))
     if run.sampler.evaluate is not None:
         common.seed_everything(0)
-        figures |= bounds(run.sampler.evaluate, reals.images)
-    return figures, [*images[:12], *walks[1, torch.linspace(0, STEPS, 8).long()]]
-
-
-def bounds(evaluate: Callable, images: Tensor) -> dict[str, float]:
-    """ELBO of all images in one sample each; the bound is that plus its mean gap above the ELBO on a few images."""
-    elbo = next(iter(evaluate(images, 1).values()))
-    few_elbo, few_bound = evaluate(images[:BOUND_IMAGES]).values()
-    return {"ELBO [nats]": elbo, "bound [nats]": elbo + few_bound - few_elbo}
+        row["ELBO [nats]"] = next(iter(run.sampler.evaluate(reals.images, 1).values()))
+        elbo, bound = run.sampler.evaluate(reals.images[:BOUND_IMAGES]).values()
+        row["bound [nats]"] = row["ELBO [nats]"] + bound - elbo
+    pictures = [*images[:12], *walks[1, torch.linspace(0, STEPS, 8).long()]]
+    return {"run": run.name, "pictures": pictures} | row
 
 
 # ------------------------------------------------------------------------------------------------- the report
 
 
 class Table(NamedTuple):
-    """One data set's rows, the floor first: "run" and the figures, and "FIGURE deviation" over several seeds."""
+    """One data set's rows, the floor first: "run", its "pictures" (uint8 (C, H, W)), the figures by name, and for
+    means over several seeds "FIGURE deviation"."""
 
     reals: Reals
     rows: list[dict]
-    pictures: list[list[Tensor]]  # of each row: uint8 (C, H, W)
+
+    def title(self) -> str:
+        known = f"; the judge knows {self.reals.accuracy:.2%} of them" if self.reals.accuracy else ""
+        return f"{self.reals.name}: measured against {len(self.reals.images):,} test images{known}"
 
 
 def compare(runs: list[Run], args: Namespace, compute: common.Compute) -> list[Table]:
     """Measure runs: a table for each data set among them."""
-    groups: dict = {}
-    for run in runs:
-        groups.setdefault((run.dataset, run.size), []).append(run)
-    tables, done = [], 0
-    for (dataset, size), members in groups.items():
-        reals = load_reals(dataset, size, args.data_dir, compute)
-        floor = measure(reals.floor.images, reals.floor.labels, reals, compute.device)
-        table = Table(reals, [{"run": "real images"} | floor], [list(reals.floor.images[:20])])
-        for run in members:
-            done += 1
-            print(f"compare: measuring {run.name}, {done} of {len(runs)}", flush=True)
-            figures, pictures = measure_run(run, reals, args.samples, compute.device)
-            table.rows.append({"run": run.name} | figures)
-            table.pictures.append(pictures)
-        tables.append(table)
-    return tables
-
-
-def title(table: Table) -> str:
-    reals = table.reals
-    if reals.accuracy is None:
-        return f"{reals.name}: measured against {len(reals.images):,} images"
-    return f"{reals.name}: measured against {len(reals.images):,} test images, {reals.accuracy:.2%} known to the judge"
+    tables: dict[tuple, Table] = {}
+    for i, run in enumerate(runs, start=1):
+        if (run.dataset, run.size) not in tables:
+            reals = load_reals(run.dataset, run.size, args.data_dir, compute)
+            floor = {"run": "real images", "pictures": list(reals.floor.images[:20])}
+            floor |= measure(reals.floor.images, reals.floor.labels, reals, compute.device)
+            tables[run.dataset, run.size] = Table(reals, [floor])
+        table = tables[run.dataset, run.size]
+        print(f"compare: measuring {run.name}, {i} of {len(runs)}", flush=True)
+        table.rows.append(measure_run(run, table.reals, args.samples, compute.device))
+    return list(tables.values())
 
 
 def cell(row: dict, name: str) -> str:
@@ -523,55 +484,50 @@ def cell(row: dict, name: str) -> str:
     if name == "epochs" and "epochs asked" in row:
         return f"{row[name]:.0f} of {row['epochs asked']:.0f}"
     deviation = row.get(f"{name} deviation")
-    digits = COLUMNS[name] if not deviation else max(1, COLUMNS[name])
+    digits = COLUMNS[name] or (1 if deviation else 0)
     return f"{row[name]:,.{digits}f}" + (f" ± {deviation:,.{digits}f}" if deviation else "")
 
 
-def lay_out(table: Table, markdown: bool) -> str:
-    """The table in aligned columns, without those that no run fills."""
-    names = [name for name in COLUMNS if any(name in row for row in table.rows[1:])]
-    lines = [["run", *names], *([row["run"], *(cell(row, name) for name in names)] for row in table.rows)]
-    if markdown:
-        lines.insert(1, ["---", *["--:"] * len(names)])
+def lay_out(rows: list[dict]) -> str:
+    """A Markdown table in aligned columns, without those that no run fills."""
+    names = [name for name in COLUMNS if any(name in row for row in rows[1:])]
+    lines = [["run", *names], ["---", *["--:"] * len(names)]]
+    lines += [[row["run"], *(cell(row, name) for name in names)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = [[line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" if markdown else "  ".join(line) for line in padded)
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def draw_rows(tables: list[Table]) -> Image.Image:
-    """Each row's pictures under its name and main figures: twelve samples and a walk, or twenty real images."""
-    panels = []
-    for table in tables:
-        for row, pictures in zip(table.rows, table.pictures):
-            shown = ("Frechet", "precision", "recall", "classes", "sharpness", "noise", "walk")
-            caption = "    ".join([row["run"], *(f"{name} {cell(row, name)}" for name in shown if name in row)])
-            tiles = common.to_unit(torch.stack(pictures))
-            tiles = F.interpolate(tiles, scale_factor=max(1, 64 // tiles.shape[-1]), mode="nearest")
-            samples, walked = common.grid(tiles[:12], 12), common.grid(tiles[12:], 8)
-            gap = torch.ones(*samples.shape[:2], 12)
-            panels.append((caption.replace("±", "+-"), common.to_picture(torch.cat([samples, gap, walked], dim=2))))
-    return common.label_panels(panels, columns=1)
+def panel(row: dict) -> tuple[str, Image.Image]:
+    """A row's name and main figures, and its pictures: twelve samples and a walk, or twenty real images."""
+    shown = ("Frechet", "precision", "recall", "classes", "sharpness", "noise", "walk")
+    caption = "    ".join([row["run"], *(f"{name} {cell(row, name)}" for name in shown if name in row)])
+    tiles = common.to_unit(torch.stack(row["pictures"]))
+    tiles = F.interpolate(tiles, scale_factor=max(1, 64 // tiles.shape[-1]), mode="nearest")
+    samples, walked = common.grid(tiles[:12], 12), common.grid(tiles[12:], 8)
+    gap = torch.ones(*samples.shape[:2], 12)
+    return caption.replace("±", "+-"), common.to_picture(torch.cat([samples, gap, walked], dim=2))
 
 
 def report(tables: list[Table], args: Namespace) -> None:
     """Print the tables and write them, with the picture, to PREFIX.md, .csv, .json and .png."""
-    for table in tables:
-        print(f"\n{title(table)}\n{lay_out(table, markdown=False)}")
-    rows = [{"dataset": table.reals.name} | row for table in tables for row in table.rows]
+    text = "\n".join(f"{table.title()}\n\n{lay_out(table.rows)}\n" for table in tables)
+    print(f"\n{text}")
     with common.replacing(f"{args.to}.md") as path:
-        text = "\n".join(f"{title(table)}\n\n{lay_out(table, markdown=True)}\n" for table in tables)
         path.write_text(text, encoding="utf-8")
+    rows = [{"dataset": table.reals.name} | row for table in tables for row in table.rows]
+    common.write_picture(f"{args.to}.png", common.label_panels([panel(row) for row in rows], columns=1))
+    rows = [{name: value for name, value in row.items() if name != "pictures"} for row in rows]
     with common.replacing(f"{args.to}.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-        names = {name: None for row in rows for name in row}
-        writer = csv.DictWriter(file, sorted(names, key=["dataset", "run", *COLUMNS, *names].index))
+        names = dict.fromkeys(["dataset", "run", *COLUMNS, *(name for row in rows for name in row)])
+        writer = csv.DictWriter(file, list(names))
         writer.writeheader()
         writer.writerows(rows)
     judges = {table.reals.name: table.reals.accuracy for table in tables}
     results = dict(samples=args.samples, torch=torch.__version__, judge_accuracy=judges, rows=rows)
     with common.replacing(f"{args.to}.json") as path:
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    common.write_picture(f"{args.to}.png", draw_rows(tables))
-    print(f"\ncompare: written to {args.to}.md, .csv, .json and .png: look at {args.to}.png")
+    print(f"compare: written to {args.to}.md, .csv, .json and .png: look at {args.to}.png")
 
 
 # ---------------------------------------------------------------------------------------------- grid searches
@@ -581,9 +537,22 @@ class Trial(NamedTuple):
     """One combination of a grid, with one seed."""
 
     label: str  # the values that vary, but the seed
-    words: list[str]  # the script's options, but seed and folder
-    seed: list[str]
+    words: list[str]  # the script's options
     folder: Path
+
+
+def read_options(words: list[str]) -> dict[str, list[str]]:
+    """The words behind --grid SCRIPT as options with their values: none, one or several, which make an axis."""
+    options: dict[str, list[str]] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name.startswith("--"):
+            options[name] = values = [value] if value else []
+        elif options:
+            values.append(word)
+        else:
+            raise common.UserError(f"--grid trains its own runs: name no others; options must follow, not {word!r}")
+    return options
 
 
 def list_trials(script: str, options: dict[str, list[str]], repeat: int) -> list[Trial]:
@@ -598,38 +567,31 @@ def list_trials(script: str, options: dict[str, list[str]], repeat: int) -> list
         if len(seeds) > 1 or not seeds[0].isdigit():
             raise common.UserError("--repeat counts seeds up from one --seed: give a single whole number")
         seeds = [str(int(seeds[0]) + i) for i in range(repeat)]
-    axes = {name: values for name, values in options.items() if name != "--seed"}
+    axes = {name: values or [""] for name, values in options.items() if name != "--seed"}
+    varied = [name for name in axes if len(axes[name]) > 1]
     trials = []
-    for values in itertools.product(*(values or [None] for values in axes.values())):
-        pairs = dict(zip(axes, values))
-        label = ", ".join(f"{name[2:]} {value}" for name, value in pairs.items() if len(axes[name]) > 1)
-        words = [word for pair in pairs.items() for word in pair if word is not None]
+    for values in itertools.product(*axes.values(), seeds):
+        pairs = dict(zip([*axes, "--seed"], values))
+        label = ", ".join(f"{name[2:]} {pairs[name]}" for name in varied) or script
+        words = [word for pair in pairs.items() for word in pair if word]
         # Where the data lie and what computes do not make another run.
-        defining = {name: value for name, value in pairs.items() if name not in ("--data-dir", "--device")}
-        for seed in seeds:
-            parts = [f"{name[2:]}={Path(value).name}" if value else name[2:] for name, value in defining.items()]
-            folder = Path("grids", "_".join([script, *parts, f"seed={seed}"]))
-            trials.append(Trial(label or script, words, ["--seed", seed], folder))
+        defining = [name for name in pairs if name not in ("--data-dir", "--device")]
+        parts = [f"{name[2:]}={Path(pairs[name]).name}" if pairs[name] else name[2:] for name in defining]
+        trials.append(Trial(label, words, Path("grids", "_".join([script, *parts]))))
     return trials
 
 
 def train_trials(script: str, trials: list[Trial]) -> list[Trial]:
     """Train what is not trained yet, one run after the other; returns the trials that ended well."""
     module = importlib.import_module(script)
-    epochs = [module.parse_args([*trial.words, *trial.seed]).epochs for trial in trials]  # a bad option ends it here
-    finished, spent, trained = [], 0.0, 0
-    for i, (trial, asked) in enumerate(zip(trials, epochs)):
+    epochs = [module.parse_args(trial.words).epochs for trial in trials]  # a bad option ends it here
+    finished = []
+    for i, trial in enumerate(trials):
         begun = (trial.folder / "checkpoint.pt").exists()
-        if not begun or common.load_checkpoint(trial.folder, script)["epoch"] < asked:
-            left = f", about {common.clock(spent / trained * (len(trials) - i))} left" if trained else ""
-            print(f"\ncompare: run {i + 1} of {len(trials)}: {trial.folder.name}{left}", flush=True)
-            start = time.monotonic()
-            command = [*trial.words, *trial.seed, "--out-dir", str(trial.folder), *(["--resume"] if begun else [])]
-            status = subprocess.run([sys.executable, module.__file__, *command]).returncode
-            spent, trained = spent + time.monotonic() - start, trained + 1
-            if status in (130, -2):
-                raise KeyboardInterrupt("interrupted: the same command goes on with the grid")
-            if status:
+        if not begun or common.load_checkpoint(trial.folder, script)["epoch"] < epochs[i]:
+            print(f"\ncompare: run {i + 1} of {len(trials)}: {trial.folder.name}", flush=True)
+            words = [*trial.words, "--out-dir", str(trial.folder), *(["--resume"] if begun else [])]
+            if subprocess.run([sys.executable, module.__file__, *words]).returncode:
                 print(f"compare: {trial.folder.name} failed, and is left out")
                 continue
         finished.append(trial)
@@ -638,21 +600,19 @@ def train_trials(script: str, trials: list[Trial]) -> list[Trial]:
     return finished
 
 
-def rank(table: Table, trials: list[Trial]) -> Table:
-    """One row a combination, means and deviations over its seeds, the smallest Frechet distance first."""
+def rank(rows: list[dict], trials: list[Trial]) -> list[dict]:
+    """The floor, then a row a combination, means and deviations over its seeds, the smallest Frechet distance first."""
     ranked = []
     for label in dict.fromkeys(trial.label for trial in trials):
-        places = [i for i, trial in enumerate(trials, start=1) if trial.label == label]
-        row: dict = {"run": label}
-        for name in (name for name in COLUMNS if name in table.rows[places[0]]):
-            values = [float(table.rows[i][name]) for i in places]
-            row[name] = statistics.fmean(values)
+        seeds = [row for row, trial in zip(rows[1:], trials) if trial.label == label]
+        mean = seeds[0] | {"run": label}
+        for name in COLUMNS.keys() & mean.keys():
+            values = [float(row[name]) for row in seeds]
+            mean[name] = statistics.fmean(values)
             if len(values) > 1:
-                row[f"{name} deviation"] = statistics.stdev(values)
-        ranked.append((row, table.pictures[places[0]]))
-    ranked.sort(key=lambda pair: pair[0]["Frechet"])
-    rows, pictures = zip((table.rows[0], table.pictures[0]), *ranked)
-    return Table(table.reals, list(rows), list(pictures))
+                mean[f"{name} deviation"] = statistics.stdev(values)
+        ranked.append(mean)
+    return [rows[0], *sorted(ranked, key=lambda row: row["Frechet"])]
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -660,77 +620,52 @@ def rank(table: Table, trials: list[Trial]) -> Table:
 
 def search(args: Namespace) -> None:
     """Train the grid, rank it, and print the command of its best run."""
+    script = args.grid.removesuffix(".py")
+    if script not in scripts():
+        raise common.UserError(f"--grid takes one of {', '.join(sorted(f'{name}.py' for name in scripts()))}")
+    ours = {"--data-dir": args.data_dir, "--device": args.device}
+    options = read_options(args.words) | {
+        name: [value] for name, value in ours.items() if value not in ("data", "auto")
+    }
+    trials = train_trials(script, list_trials(script, options, args.repeat))
     compute = common.choose_compute(args)
-    trials = train_trials(args.grid, list_trials(args.grid, args.options, args.repeat))
-    runs = [load_run(trial.folder, compute.device) for trial in trials]
-    tables = [rank(compare(runs, args, compute)[0], trials)]
-    report(tables, args)
-    best = next(trial for trial in trials if trial.label == tables[0].rows[1]["run"])
-    print(f"compare: best by Frechet distance: python {args.grid}.py {' '.join(best.words + best.seed)}")
+    (table,) = compare([load_run(trial.folder, compute.device) for trial in trials], args, compute)
+    rows = rank(table.rows, trials)
+    report([Table(table.reals, rows)], args)
+    best = next(trial for trial in trials if trial.label == rows[1]["run"])
+    print(f"compare: best by Frechet distance: python {script}.py {' '.join(best.words)}")
 
 
 def study(args: Namespace) -> None:
     """Measure the runs that were named."""
-    if not args.runs:
+    if args.repeat > 1:
+        raise common.UserError("--repeat trains: give --grid SCRIPT too")
+    if not args.words:
         raise common.UserError("name the folders of the runs to compare: python compare.py runs/*")
-    folders = [folder for name in args.runs for folder in sorted(glob.glob(name)) or [name]]  # not all shells do it
+    folders = [folder for name in args.words for folder in sorted(glob.glob(name)) or [name]]  # not all shells do it
     compute = common.choose_compute(args)
     report(compare([load_run(folder, compute.device) for folder in folders], args, compute), args)
 
 
-def take_grid(argv: list[str]) -> tuple[list[str], str | None, dict[str, list[str]]]:
-    """Split a command line into our own words, the script that --grid names, and its options with their values."""
-    if "--grid" not in argv:
-        return argv, None, {}
-    place = argv.index("--grid")
-    own, words = argv[:place], argv[place + 2 :]
-    script = "".join(argv[place + 1 : place + 2]).removesuffix(".py")
-    if script not in scripts():
-        raise common.UserError(f"--grid takes one of {', '.join(sorted(f'{name}.py' for name in scripts()))}")
-    options: dict[str, list[str]] = {}
-    for word in words:
-        if word.startswith("--"):
-            name, _, value = word.partition("=")
-            options[name] = [value] if value else []
-        elif not options:
-            raise common.UserError(f"--grid {script}.py: options of {script}.py must follow, not {word!r}")
-        else:
-            options[list(options)[-1]].append(word)
-    for name in ("--to", "--repeat", "--samples", "--data-dir", "--device"):
-        own += [name, *options[name]] if name in options else []
-    for name in ("--to", "--repeat", "--samples"):
-        options.pop(name, None)
-    return own, script, options
-
-
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = common.Parser("compare.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    """Our options, and as `words` all others in order: folders, or what follows --grid SCRIPT."""
+    usage = "compare.py [options] RUN ...\n       compare.py [options] --grid SCRIPT [its options, with several values]"
+    parser = common.Parser("compare.py", usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="folders of runs, such as runs/*")
-    add("--grid", metavar="SCRIPT", help="train SCRIPT with all combinations of the options that follow; rank them")
+    add("--grid", nargs="?", const="", metavar="SCRIPT", help="train all combinations of SCRIPT's options; rank them")
     add("--repeat", type=common.number(int, 1), default=1, metavar="N", help="seeds of each combination (1)")
     add("--samples", type=common.number(int, 100), default=SAMPLES, metavar="N", help="drawn of each run (10,000)")
     add("--to", default="comparison", metavar="PREFIX", help="writes PREFIX.md, .csv, .json and .png (comparison)")
     add("--data-dir", default="data", metavar="DIR", help="folder of the data sets and judges (data)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes an accelerator if any")
-    try:
-        own, script, options = take_grid(list(sys.argv[1:] if argv is None else argv))
-        args = parser.parse_args(own)
-        if script and args.runs:
-            raise common.UserError("--grid trains its own runs: name no others")
-        if args.repeat > 1 and not script:
-            raise common.UserError("--repeat trains: give --grid SCRIPT too")
-        if script:
-            list_trials(script, options, args.repeat)
-    except common.UserError as error:
-        parser.error(str(error))
-    args.grid, args.options, args.script, args.precision = script, options, "compare", "auto"
+    parser.set_defaults(script="compare", precision="auto")
+    args, args.words = parser.parse_known_args(argv)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    common.run_command(search if args.grid else study, args)
+    common.run_command(study if args.grid is None else search, args)
 
 
 if __name__ == "__main__":

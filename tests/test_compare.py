@@ -35,7 +35,8 @@ def digits():
 def quick(monkeypatch, digits, tmp_path):
     """Few digits, a judge of few steps, an empty current folder."""
     monkeypatch.setattr(common, "draw_digits", lambda train=True: digits[0 if train else 1])
-    monkeypatch.setattr(compare, "judge_steps", lambda data: 40)
+    monkeypatch.setattr(compare, "LEAST_STEPS", 40)
+    monkeypatch.setattr(compare, "MOST_STEPS", 40)
     monkeypatch.setitem(compare.JUDGE, "batch_size", 64)
     monkeypatch.setattr(compare, "WALKS", 4)
     monkeypatch.chdir(tmp_path)
@@ -327,7 +328,8 @@ def test_folder_runs_are_measured_without_labels(fifth, quick, monkeypatch):
     faces = torch.randint(0, 256, (60, 3, 16, 16), generator=generator, dtype=torch.uint8)
     faces = faces.repeat_interleave(2, 2).repeat_interleave(2, 3)
     monkeypatch.setattr(common, "load_data", lambda *_, **__: common.Data(faces, None))
-    monkeypatch.setattr(compare, "judge_steps", lambda data: 4)
+    monkeypatch.setattr(compare, "LEAST_STEPS", 4)
+    monkeypatch.setattr(compare, "MOST_STEPS", 4)
     sampler = common.Sampler(4, lambda z, y=None: common.to_unit(faces[: len(z)]), 1)
     run = compare.Run("faces", "/elsewhere/faces", 32, sampler, dict(parameters=1))
     args = Namespace(samples=60, data_dir="data", to="faces")
@@ -398,8 +400,8 @@ def test_grid_lists_every_combination():
     options = {"--lr": ["1e-4", "2e-4"], "--batch-size": ["64", "128"], "--epochs": ["5"], "--augment": []}
     trials = compare.list_trials("gan", options, repeat=3)
     assert len(trials) == 2 * 2 * 3 and len({trial.folder for trial in trials}) == 12
-    assert trials[0].words == ["--lr", "1e-4", "--batch-size", "64", "--epochs", "5", "--augment"]
-    assert trials[0].label == "lr 1e-4, batch-size 64" and [trial.seed[1] for trial in trials[:3]] == ["0", "1", "2"]
+    assert trials[0].words == ["--lr", "1e-4", "--batch-size", "64", "--epochs", "5", "--augment", "--seed", "0"]
+    assert trials[0].label == "lr 1e-4, batch-size 64" and [trial.words[-1] for trial in trials[:3]] == ["0", "1", "2"]
     elsewhere = compare.list_trials("gan", options | {"--data-dir": ["x"]}, repeat=3)
     assert [trial.folder for trial in elsewhere] == [trial.folder for trial in trials]
 
