@@ -25,32 +25,29 @@ from __future__ import annotations
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import csv
+import fnmatch
 import functools
 import hashlib
 import http.client
 import io
 import ipaddress
-import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
 import shlex
-import signal
 import socket
-import ssl
+import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import SplitResult, quote, unquote, urlencode, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, quote_plus, unquote, urljoin, urlsplit
 from xml.etree import ElementTree
 
 import torch
@@ -116,7 +113,7 @@ class Post(NamedTuple):
     site: str
     id: str
     page: str
-    files: list[tuple[str, str]]  # address and MD5 (or ""), the smallest that still gives good faces first
+    files: dict[str, str]  # address or path -> MD5 or "", the smallest that still gives good faces first
     artist: str = ""
     source: str = ""  # where the site has it from: often the artist's own page
     rating: str = ""
@@ -124,99 +121,87 @@ class Post(NamedTuple):
 
 
 class Site(NamedTuple):
+    """A site's addresses, and what its family of APIs calls things."""
+
     home: str
     domain: str  # files may lie on this host and on those below it
-    query: Callable[[str, int | None], str]  # tags, and the id below which to go on -> path and query
-    read: Callable[[dict, str], dict]  # one post's JSON, and the home -> what the families call differently
+    search: str  # path and query for {tags}
+    page: str  # path of a post's page for its id
+    ratings: dict[str, str]
+    before: str = ""  # what a query ends with to go on below an id; without it, a tag says so
     tags: str = "1girl solo"
     general_tag: str = ""  # asks for the general rating alone
 
-
-def printable(value: object, length: int = 300) -> str:
-    """Remote text made harmless for files of lines and for terminals: one line without control characters."""
-    text = str(value) if isinstance(value, str | int) else ""
-    return "".join(c if c.isprintable() else " " for c in text[:length])
-
-
-def danbooru_query(tags: str, below: int | None) -> str:
-    return "/posts.json?" + urlencode({"tags": tags, "limit": 200} | ({"page": f"b{below}"} if below else {}))
+    def query(self, tags: str, below: int | None) -> str:
+        """Paging by id instead of by number is never too deep, and posts that arrive meanwhile shift nothing."""
+        if below and not self.before:
+            tags = f"{tags} id:<{below}".strip()
+        return self.search.format(quote_plus(tags)) + (self.before.format(below) if below else "")
 
 
-def danbooru_post(raw: dict, home: str) -> dict:
-    sample = raw.get("large_file_url") if raw.get("has_large") else None
-    return dict(
-        page=f"{home}/posts/{raw['id']}",
-        files=[(sample, ""), (raw.get("file_url"), raw.get("md5"))],
-        artist=raw.get("tag_string_artist"),
-        rating=dict(zip("gsqe", RATINGS)).get(raw.get("rating")),
-        tags=raw.get("tag_string"),
-    )
-
-
-def moebooru_query(tags: str, below: int | None) -> str:
-    return "/post.json?" + urlencode({"tags": go_on(tags, below), "limit": 100, "page": 1})
-
-
-def moebooru_post(raw: dict, home: str) -> dict:
-    return dict(
-        page=f"{home}/post/show/{raw['id']}",
-        files=[(raw.get("sample_url"), ""), (raw.get("jpeg_url"), ""), (raw.get("file_url"), raw.get("md5"))],
-        rating={"s": "general", "q": "questionable", "e": "explicit"}.get(raw.get("rating")),
-        tags=raw.get("tags"),
-    )
-
-
-def gelbooru_query(tags: str, below: int | None) -> str:
-    fixed = {"page": "dapi", "s": "post", "q": "index", "json": 1, "limit": 100, "pid": 0}
-    return "/index.php?" + urlencode(fixed | {"tags": go_on(tags, below)})
-
-
-def gelbooru_post(raw: dict, home: str) -> dict:
-    sample, original = raw.get("sample_url"), raw.get("file_url")
-    if not original and raw.get("directory") and raw.get("image"):  # older answers give only parts
-        folder, image = quote(str(raw["directory"])), quote(str(raw["image"]))
-        original = f"/images/{folder}/{image}"
-        sample = f"/samples/{folder}/sample_{image.rpartition('.')[0]}.jpg"
-    return dict(
-        page=f"{home}/index.php?page=post&s=view&id={raw['id']}",
-        files=[(sample if raw.get("sample") else None, ""), (original, raw.get("hash") or raw.get("md5"))],
-        rating={"safe": "general"}.get(raw.get("rating"), raw.get("rating")),
-        tags=raw.get("tags"),
-    )
-
-
-def go_on(tags: str, below: int | None) -> str:
-    """Paging by id instead of by number is never too deep, and posts that arrive meanwhile shift nothing."""
-    return f"{tags} id:<{below}".strip() if below else tags
-
-
+GELBOORU = Site(
+    "https://safebooru.org",
+    "safebooru.org",
+    search="/index.php?page=dapi&s=post&q=index&json=1&limit=100&pid=0&tags={}",
+    page="/index.php?page=post&s=view&id={}",
+    ratings={"safe": "general"} | {rating: rating for rating in RATINGS},
+)
+DANBOORU = Site(
+    "https://danbooru.donmai.us",
+    "donmai.us",
+    search="/posts.json?tags={}&limit=200",
+    page="/posts/{}",
+    ratings=dict(zip("gsqe", RATINGS)),
+    before="&page=b{}",
+    general_tag="rating:g",
+)
+MOEBOORU = Site(
+    "https://yande.re",
+    "yande.re",
+    search="/post.json?tags={}&limit=100&page=1",
+    page="/post/show/{}",
+    ratings={"s": "general", "q": "questionable", "e": "explicit"},
+    tags="",
+    general_tag="rating:s",
+)
 SITES = {
-    "safebooru": Site("https://safebooru.org", "safebooru.org", gelbooru_query, gelbooru_post),
-    "danbooru": Site("https://danbooru.donmai.us", "donmai.us", danbooru_query, danbooru_post, general_tag="rating:g"),
-    "yandere": Site("https://yande.re", "yande.re", moebooru_query, moebooru_post, "", "rating:s"),
-    "konachan": Site("https://konachan.net", "konachan.net", moebooru_query, moebooru_post, "", "rating:s"),
+    "safebooru": GELBOORU,
+    "danbooru": DANBOORU,
+    "yandere": MOEBOORU,
+    "konachan": MOEBOORU._replace(home="https://konachan.net", domain="konachan.net"),
 }
+
+
+def printable(text: object, length: int = 300) -> str:
+    """Remote text made harmless for files of lines and for terminals: one line without control characters."""
+    return "".join(c if c.isprintable() else " " for c in str(text)[:length])
 
 
 def read_post(site: Site, name: str, home: str, raw: object) -> Post | None:
     """A post from its JSON, in which any field may be missing or of another type; None without an id."""
     if not isinstance(raw, dict) or not re.fullmatch(r"[1-9]\d{0,15}", str(raw.get("id")), re.ASCII):
         return None
-    fields = site.read({key: value for key, value in raw.items() if isinstance(value, str | int)}, home)
+    texts = {key: str(value) for key, value in raw.items() if isinstance(value, str | int)}
+    field = collections.defaultdict(str, texts)
+    sample, original = field["sample_url"] or field["large_file_url"], field["file_url"]
+    if not original and field["directory"] and field["image"]:  # Gelbooru's older answers give only parts
+        folder, image = quote(field["directory"]), quote(field["image"])
+        original = f"/images/{folder}/{image}"
+        sample = f"/samples/{folder}/sample_{image.rpartition('.')[0]}.jpg" if raw.get("sample") else ""
     files = {}
-    for address, md5 in fields["files"]:
+    for address, md5 in ((sample, ""), (original, field["md5"] or field["hash"])):  # the MD5 is the original's
         with contextlib.suppress(ValueError):  # an address that is none
-            if address and urlsplit(address := urljoin(home + "/", str(address))).path.lower().endswith(SUFFIXES):
-                files.setdefault(address, str(md5 or ""))
+            if urlsplit(address := urljoin(home + "/", address)).path.lower().endswith(SUFFIXES):
+                files[address] = md5
     return Post(
         site=name,
-        id=str(int(raw["id"])),
-        page=fields["page"],
-        files=list(files.items()),
-        artist=printable(fields.get("artist")),
-        source=printable(raw.get("source")),
-        rating=fields["rating"] if fields["rating"] in RATINGS else "questionable",
-        tags=frozenset(str(fields["tags"]).split()),
+        id=field["id"],
+        page=home + site.page.format(field["id"]),
+        files=files,
+        artist=printable(field["tag_string_artist"]),
+        source=printable(field["source"]),
+        rating=site.ratings.get(field["rating"], "questionable"),
+        tags=frozenset((field["tag_string"] or field["tags"]).split()),
     )
 
 
@@ -250,14 +235,14 @@ def listed_posts(path: str) -> Iterator[Post]:
     """A file's addresses, one a line; empty lines and those that start with # are skipped."""
     for line in Path(path).read_text("utf-8", "replace").splitlines():
         if (line := line.strip()) and not line.startswith("#"):
-            yield Post("url", digest(line.encode()), printable(line, 2000), [(line, "")])
+            yield Post("url", digest(line.encode()), printable(line, 2000), {line: ""})
 
 
 def disk_posts(folder: Path, target: Path) -> Iterator[Post]:
     """The pictures in a folder and those below it, but for the crops themselves."""
     for path in sorted(folder.resolve().rglob("*")):
         if path.suffix.lower() in SUFFIXES and target.resolve() not in path.parents and path.is_file():
-            yield Post("file", digest(os.fsencode(path)), path.as_uri(), [(str(path), "")])
+            yield Post("file", digest(os.fsencode(path)), path.as_uri(), {str(path): ""})
 
 
 def digest(data: bytes) -> str:
@@ -277,8 +262,8 @@ class Fetcher:
     def __init__(self, domains: set[str], base_url: str | None, delay: float):
         self.domains, self.delay, self.bytes = domains, delay, 0
         self.trusted = origin(urlsplit(base_url)) if base_url else None
-        self.pace: dict[str, float] = {}
-        self.next_start: dict[str, float] = {}
+        self.pace = collections.defaultdict(lambda: delay)  # seconds between two starts, by host
+        self.next_start = collections.defaultdict(float)
         self.robots: dict[tuple, list[tuple[bool, str]]] = {}
 
     def fetch(self, address: str, kind: str = "picture") -> bytes:
@@ -324,35 +309,11 @@ class Fetcher:
                 raise Unfetched("on a foreign host")
         return parts
 
-    def connect(self, parts: SplitResult) -> http.client.HTTPConnection:
-        """A connection to the very address that was checked: the name is not looked up again."""
-        scheme, host, port = origin(parts)
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except UnicodeError as error:
-            raise Unfetched("not an address") from error
-        if (scheme, host, port) != self.trusted and not all(is_public(entry[4][0]) for entry in found):
-            raise Unfetched("on a private network")
-        for entry in found:
-            try:
-                connected = socket.create_connection(entry[4][:2], TIMEOUT)
-                break
-            except OSError as error:
-                failure = error
-        else:
-            raise failure
-        if scheme == "http":
-            connection = http.client.HTTPConnection(host, port)
-        else:
-            connection = http.client.HTTPSConnection(host, port)
-            connected = ssl.create_default_context().wrap_socket(connected, server_hostname=host)
-        connection.sock = connected
-        return connection
-
     def get(self, parts: SplitResult, kind: str) -> bytes | str:
         """One request: the body, or where a redirect leads."""
-        self.wait_for_turn(parts.hostname)
-        target = escape(parts.path or "/") + ("?" + escape(parts.query) if parts.query else "")
+        time.sleep(max(0.0, self.next_start[parts.hostname] - time.monotonic()))
+        self.next_start[parts.hostname] = time.monotonic() + self.pace[parts.hostname]
+        target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
         headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
         try:
             with contextlib.ExitStack() as stack:
@@ -360,32 +321,48 @@ class Fetcher:
                 started, alarm = time.monotonic(), threading.Timer(DEADLINE, hang_up, [connection.sock])
                 stack.callback(alarm.cancel)
                 alarm.start()
-                connection.request("GET", target, headers=headers)
+                connection.request("GET", quote(target, safe="/%:@!$&'()*+,;=~?[]"), headers=headers)
                 response = stack.enter_context(connection.getresponse())
-                redirect = self.judge(response, parts, kind)
+                redirect = self.judge(response, parts.hostname, kind)
                 answer = self.read(response) if redirect is None else redirect
                 if time.monotonic() - started >= DEADLINE:  # what the alarm cut short can look whole
                     raise Unfetched("too slow", again=True)
                 return answer
+        except UnicodeError as error:
+            raise Unfetched("not an address") from error
         except (OSError, http.client.HTTPException) as error:
             raise Unfetched(f"no answer ({type(error).__name__})", again=True) from error
 
-    def judge(self, response: http.client.HTTPResponse, parts: SplitResult, kind: str) -> str | None:
+    def connect(self, parts: SplitResult) -> http.client.HTTPConnection:
+        scheme, host, port = origin(parts)
+        if (scheme, host, port) != self.trusted:  # and if the name soon leads elsewhere, no certificate fits there
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            if not all(is_public(entry[4][0]) for entry in found):
+                raise Unfetched("on a private network")
+        kind = http.client.HTTPConnection if scheme == "http" else http.client.HTTPSConnection
+        connection = kind(host, port, timeout=TIMEOUT)
+        connection.connect()
+        return connection
+
+    def judge(self, response: http.client.HTTPResponse, host: str, kind: str) -> str | None:
         """Where a redirect leads, or None if the body is worth reading."""
-        status, headers, host = response.status, response.headers, parts.hostname
+        status, headers = response.status, response.headers
         if status in (301, 302, 303, 307, 308):
             return headers.get("Location", "")
         if status in (403, 503) and "challenge" in headers.get("cf-mitigated", ""):
             raise SourceError(f"{host} asks to prove that a person is there, and a program must not")
         if status in (421, 429, 503):
-            self.pace[host] = max(self.delay, min(60, 2 * self.pace.get(host, self.delay)))
+            self.pace[host] = max(self.delay, min(60, 2 * self.pace[host]))
             self.hold(host, retry_after(headers.get("Retry-After", "")))
-        if status in (408, 421, 425, 429) or status >= 500:
+        if status in (408, 421, 429) or status >= 500:
             raise Unfetched(f"HTTP {status}", again=True, status=status)
         if status != 200:
-            detail = f": {printable(message(response.read(2000)))}" if kind == "api" else ""
-            raise Unfetched(f"HTTP {status}{detail}", status=status)
-        self.pace[host] = max(self.delay, 0.95 * self.pace.get(host, self.delay))
+            reason = f"HTTP {status}"
+            if kind == "api":
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # no message
+                    reason += f": {printable(json.loads(response.read(2000))['message'])}"
+            raise Unfetched(reason, status=status)
+        self.pace[host] = max(self.delay, 0.95 * self.pace[host])
         if headers.get("Content-Encoding", "identity").lower() != "identity":
             raise Unfetched("compressed, though not asked for")
         if kind == "picture":
@@ -397,32 +374,26 @@ class Fetcher:
         return None
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
-        expected, body, started = response.length, bytearray(), time.monotonic()
-        if (expected or 0) > MAX_BYTES:
-            raise Unfetched("more than 20 MiB")
-        while chunk := response.read1(65536):
+        size, body, started = response.length or 0, bytearray(), time.monotonic()
+        while size <= MAX_BYTES and (chunk := response.read1(65536)):
             body += chunk
+            size = max(size, len(body))  # what was announced may be wrong, or nothing
             self.bytes += len(chunk)
-            if len(body) > MAX_BYTES:
-                raise Unfetched("more than 20 MiB")
             seconds = time.monotonic() - started
             if seconds > GRACE and len(body) / seconds < SLOWEST:
                 raise Unfetched("too slow", again=True)
-        if expected is not None and len(body) < expected:
+        if size > MAX_BYTES:
+            raise Unfetched("more than 20 MiB")
+        if len(body) < size:
             raise Unfetched("broke off", again=True)
         return bytes(body)
-
-    def wait_for_turn(self, host: str) -> None:
-        time.sleep(max(0.0, self.next_start.get(host, 0) - time.monotonic()))
-        self.next_start[host] = time.monotonic() + self.pace.get(host, self.delay)
 
     def hold(self, host: str, seconds: float) -> None:
         """No request to a host for a while."""
         if seconds > PATIENCE:
-            raise SourceError(
-                f"{host} asks for a long pause ({seconds / 60:,.0f} minutes): the same command goes on later"
-            )
-        self.next_start[host] = max(self.next_start.get(host, 0), time.monotonic() + seconds)
+            minutes = f"{seconds / 60:,.0f} minutes"
+            raise SourceError(f"{host} asks for a long pause ({minutes}): the same command goes on later")
+        self.next_start[host] = max(self.next_start[host], time.monotonic() + seconds)
 
     def robots_rules(self, parts: SplitResult) -> list[tuple[bool, str]]:
         """What an origin's robots.txt says: nothing if there is none, no to all if it can't be had."""
@@ -438,16 +409,8 @@ class Fetcher:
 
 def origin(parts: SplitResult) -> tuple[str, str, int]:
     """Scheme, host and port. Raises ValueError."""
-    return (
-        parts.scheme,
-        (parts.hostname or "").rstrip("."),
-        parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0),
-    )
-
-
-def escape(text: str) -> str:
-    """A path or query as it may stand in a request; what is escaped already stays."""
-    return quote(text, safe="/%:@!$&'()*+,;=~?[]")
+    port = parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
+    return parts.scheme, (parts.hostname or "").rstrip("."), port
 
 
 def hang_up(connected: socket.socket) -> None:
@@ -460,14 +423,6 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
     return ip.is_global and not ip.is_multicast
-
-
-def message(body: bytes) -> str:
-    """What an API's error says."""
-    try:
-        return json.loads(body)["message"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return "no reason given"
 
 
 def retry_after(text: str) -> float:
@@ -505,21 +460,9 @@ def allowed(rules: list[tuple[bool, str]], parts: SplitResult) -> bool:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a path begins with a pattern, in which * is anything, and a $ at its end is the path's end.
-
-    Not a regular expression, since one with many stars can take forever.
-    """
-    first, *parts = pattern.removesuffix("$").split("*")
-    place = len(first)
-    if not path.startswith(first):
-        return False
-    for part in parts:
-        last, place = place, path.find(part, place) + len(part)
-        if place < last + len(part):
-            return False
-    if not pattern.endswith("$"):
-        return True
-    return place == len(path) or bool(parts) and path.endswith(parts[-1])
+    """Whether a path begins with a pattern, in which * is anything, and a $ at its end is the path's end."""
+    literal = re.sub(r"[?[]", r"[\g<0>]", pattern)  # these two mean themselves in robots.txt, but not to fnmatch
+    return fnmatch.fnmatchcase(path, literal.removesuffix("$") if pattern.endswith("$") else literal + "*")
 
 
 # ---------------------------------------------------------------------------------------- detection, in torch
@@ -684,22 +627,16 @@ def crop_faces(picture: bytes | str, cascade: str | None, min_face: int, margin:
 
 def decode(picture: bytes | str) -> Image.Image:
     """RGB, upright, on white."""
-    file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from here on, and refuses from twice as many
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes, where this is stricter, and bad metadata
-            image = Image.open(file, formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise Unusable("more than 40 million pixels")
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
-                raise Unusable("grey")
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS)
             image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except Unusable:
-        raise
     except Image.DecompressionBombError as error:
         raise Unusable("more than 40 million pixels") from error
     except Exception as error:  # decoders of broken files raise anything
@@ -775,7 +712,7 @@ class Folder:
         except (csv.Error, ValueError) as error:
             raise common.UserError(f"{self.table} is damaged or another's ({error}): move it away") from error
 
-    def write(self, rows: list[dict]) -> None:
+    def write(self, rows: Iterable[dict]) -> None:
         with common.replacing(self.table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.FIELDS, lineterminator="\n")
             writer.writeheader()
@@ -800,14 +737,13 @@ class Folder:
         for name, crop in zip(names, kept):
             with common.replacing(self.path / name) as temporary:
                 temporary.write_bytes(crop.jpeg)
-        texts = (post.site, post.id, post.page, post.artist, post.source, post.rating, outcome, reason)
-        boxes = [",".join(map(str, crop.box)) for crop in kept]
-        lists = (" ".join(names), " ".join(boxes), " ".join(f"{crop.hash:016x}" for crop in kept))
-        row = self.rows[post.site, post.id] = dict(zip(self.FIELDS, (*texts, *lists)))
-        line = io.StringIO()
-        csv.DictWriter(line, self.FIELDS, lineterminator="\n").writerow(row)
-        with open(self.table, "ab", buffering=0) as file:
-            file.write(line.getvalue().encode())
+        texts = (post.site, post.id, post.page, post.artist, post.source, post.rating, outcome, reason, " ".join(names))
+        boxes = " ".join(",".join(map(str, crop.box)) for crop in kept)
+        hashes = " ".join(f"{crop.hash:016x}" for crop in kept)
+        row = self.rows[post.site, post.id] = dict(zip(self.FIELDS, (*texts, boxes, hashes)))
+        with open(self.table, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.FIELDS, lineterminator="\n").writerow(row)
+            file.flush()
             os.fsync(file.fileno())
         self.faces += len(kept)
         return dropped or ([reason] if reason else [])
@@ -815,9 +751,8 @@ class Folder:
     def forget(self, names: list[tuple[str, str]]) -> int:
         """Mark posts as never to be fetched, then delete their crops; returns how many."""
         for site, id in names:
-            blank = dict.fromkeys(self.FIELDS, "")
-            self.rows[site, id] = blank | dict(site=site, id=id, outcome="forgotten")
-        self.write(list(self.rows.values()))
+            self.rows[site, id] = dict.fromkeys(self.FIELDS, "") | dict(site=site, id=id, outcome="forgotten")
+        self.write(self.rows.values())
         crops = [path for site, id in names for path in self.path.glob(f"{site}-{id}-*.jpg")]
         for path in crops:
             path.unlink()
@@ -826,19 +761,12 @@ class Folder:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other crawls out of a folder; a killed process lets go of it, too."""
+    """Keep other crawls out of a folder: SQLite locks files on every system, and a killed process lets go of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with contextlib.closing(sqlite3.connect(folder / ".lock", timeout=0)) as lock:
         try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
             raise common.UserError(f"another crawl writes to {folder}: wait, or choose another --to") from error
         yield
 
@@ -848,10 +776,8 @@ def locked(folder: Path) -> Iterator[None]:
 Result = tuple[Post, str, str, list[Crop]]  # what Folder.add takes
 
 
-def fetch_and_crop(
-    posts: Iterator[Post], fetcher: Fetcher, crop: Callable, folder: Folder, ratings: list[str]
-) -> Iterator[Result]:
-    """One post after the other, so that a killed crawl has fetched at most one picture in vain."""
+def fetch_and_crop(posts: Iterable[Post], fetcher: Fetcher, folder: Folder, ratings: list[str], how: tuple) -> Iterator:
+    """One post's Result after the other, so that a killed crawl has fetched at most one picture in vain."""
     failures = 0
     for post in posts:
         if folder.knows(post):
@@ -869,7 +795,7 @@ def fetch_and_crop(
                 raise SourceError(f"{failures} pictures in a row did not come ({error.reason})") from error
         else:
             failures = 0
-            yield finish(post, functools.partial(crop, picture))
+            yield crop_post((post, picture), *how)
 
 
 def unwanted(post: Post, ratings: list[str]) -> str:
@@ -881,53 +807,26 @@ def unwanted(post: Post, ratings: list[str]) -> str:
 
 def fetch_picture(fetcher: Fetcher, post: Post) -> bytes:
     """The first of a post's files that is there."""
-    for address, md5 in post.files:
+    for address, md5 in post.files.items():
         try:
             body = fetcher.fetch(address)
+        except Unfetched as error:
+            if error.status not in (404, 410) or address == list(post.files)[-1]:
+                raise
+        else:
             if len(md5) == 32 and hashlib.md5(body, usedforsecurity=False).hexdigest() != md5.lower():
                 raise Unfetched("damaged: another MD5")
             return body
-        except Unfetched as error:
-            if error.status not in (404, 410) or address == post.files[-1][0]:
-                raise
 
 
-def crop_on_disk(posts: list[Post], crop: Callable) -> Iterator[Result]:
-    """All processors at once, in the order of the posts."""
-    workers = min(os.cpu_count() or 1, len(posts) // 8)
-    if workers < 2:
-        yield from (finish(post, functools.partial(crop, post.files[0][0])) for post in posts)
-        return
-    spawning = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, spawning, start_worker) as pool:
-        waiting, posts = collections.deque(), iter(posts)
-        try:
-            while True:
-                for post in itertools.islice(posts, 4 * workers - len(waiting)):
-                    waiting.append((post, pool.submit(crop, post.files[0][0])))
-                if not waiting:
-                    return
-                post, future = waiting.popleft()
-                yield finish(post, future.result)
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise common.UserError("a worker process died: the machine may be out of memory") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def finish(post: Post, crops: Callable[[], list[Crop]]) -> Result:
+def crop_post(found: tuple[Post, bytes | str], *how) -> Result:
+    """A post and its picture, cropped by crop_faces."""
+    torch.set_num_threads(1)  # more would be no faster, and with --from-dir every core has a process
+    post, picture = found
     try:
-        return post, "faces", "", crops()
+        return post, "faces", "", crop_faces(picture, *how)
     except Unusable as error:
         return post, "skipped", str(error), []
-
-
-def start_worker() -> None:
-    """One thread each; Ctrl-C is the parent's affair; and a worker does not outlive a killed parent."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def crawl(args: argparse.Namespace) -> None:
@@ -938,35 +837,30 @@ def crawl(args: argparse.Namespace) -> None:
             print(f"{AGENT}: {len(args.forget)} posts forgotten, {folder.forget(args.forget)} crops deleted")
             return
         fetcher, posts = source(args)
-        cascade = find_cascade(args.cascade) if args.detector == "lbp" else None
-        crop = functools.partial(crop_faces, cascade=cascade, min_face=args.min_face, margin=args.margin)
+        how = (find_cascade(args.cascade) if args.detector == "lbp" else None, args.min_face, args.margin)
         if fetcher:
-            results = fetch_and_crop(posts, fetcher, crop, folder, args.rating)
+            results = fetch_and_crop(posts, fetcher, folder, args.rating, how)
         else:
-            posts = [post for post in posts if not folder.knows(post)]
-            results = crop_on_disk(posts, crop)
+            posts = [(post, *post.files) for post in posts if not folder.knows(post)]
+            results = common.map_in_processes(crop_post, posts, len(posts) // 8, *how)
         print(f"{AGENT}: {args.to} has {folder.faces:,} faces of {len(folder.rows):,} posts", flush=True)
-        end = collect(results, folder, args.limit, 0 if args.limit else len(list(posts)), fetcher)
+        end = collect(results, folder, args.limit, 0 if args.limit else len(posts), fetcher)
         print(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
         name = "anime" if Path(args.to).resolve() == Path("data/anime").resolve() else shlex.quote(args.to)
         advice = f"next: python dcgan.py --dataset {name}" if folder.faces else "no face yet: try other --tags"
         print(f"{AGENT}: {advice}")
 
 
-def collect(
-    results: Iterator[Result], folder: Folder, limit: int | None, pictures: int, fetcher: Fetcher | None
-) -> str:
+def collect(results: Iterator, folder: Folder, limit: int | None, pictures: int, fetcher: Fetcher | None) -> str:
     """Save results up to the limit of faces, with a line of progress; returns what ended it."""
     before, new, counts = folder.faces, 0, collections.Counter()
     progress = common.Progress(max(0, limit - before) if limit else pictures, "faces" if limit else "pictures")
 
     def summary() -> str:
-        text = f"{folder.faces - before:,} faces of {new:,} posts" + (
-            f", {fetcher.bytes / 1e6:.1f} MB" if fetcher else ""
-        )
-        return text + "".join(
-            f"{', ' if i else '; skipped: '}{n:,} {why}" for i, (why, n) in enumerate(counts.most_common())
-        )
+        text = f"{folder.faces - before:,} faces of {new:,} posts"
+        text += f", {fetcher.bytes / 1e6:.1f} MB" if fetcher else ""
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+        return f"{text}; skipped: {skipped}" if skipped else text
 
     try:
         while not limit or folder.faces < limit:
@@ -974,8 +868,8 @@ def collect(
                 return f"{POSTS_PER_FACE} posts for each face asked for"
             if not (result := next(results, None)):
                 return "the end of the source"
-            new, skipped = new + 1, folder.add(*result)
-            counts.update(skipped)
+            new += 1
+            counts.update(folder.add(*result))
             progress.update(folder.faces - before if limit else new, "· " + summary())
         return "the limit"
     except KeyboardInterrupt:
@@ -985,16 +879,15 @@ def collect(
         progress.close(f"{AGENT}: {summary()}")
 
 
-def source(args: argparse.Namespace) -> tuple[Fetcher | None, Iterator[Post] | list[Post]]:
+def source(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[Post]]:
     """Who fetches, unless it is on this disk, and what is there to be cropped."""
     if args.from_dir:
         return None, disk_posts(Path(args.from_dir), Path(args.to))
     if args.urls:
         posts = list(listed_posts(args.urls))
-        hosts = {host for post in posts if (host := hostname(post.files[0][0]))}
+        hosts = {host for post in posts for address in post.files if (host := hostname(address))}
         return Fetcher(hosts, args.base_url, args.delay), posts
-    site, name = SITES[args.site], args.site
-    domains, home = {site.domain}, site.home
+    site, name, domains, home = SITES[args.site], args.site, {SITES[args.site].domain}, SITES[args.site].home
     if args.base_url:
         domains, home = set(), args.base_url.rstrip("/")
         name = re.sub(r"[^a-z0-9.]", "_", hostname(home))
@@ -1042,32 +935,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--base-url", metavar="URL", help="another host that speaks the site's API")
     add("--to", metavar="DIR", default="data/anime", help="folder of the crops (data/anime)")
     add("--limit", type=common.number(int, 1), metavar="N", help="faces in the folder at the end (2000 from a site)")
-    add(
-        "--rating",
-        nargs="+",
-        choices=RATINGS,
-        default=["general"],
-        metavar="RATING",
-        help=f"what to take of {', '.join(RATINGS)} (general)",
-    )
+    ratings = f"what to take of {', '.join(RATINGS)} (general)"
+    add("--rating", nargs="+", choices=RATINGS, default=["general"], metavar="RATING", help=ratings)
     add("--detector", choices=["lbp", "none"], default="lbp", help="find faces, or take the centre square (lbp)")
     add("--cascade", metavar="FILE", help=f"the detector's file, downloaded when absent ({CASCADE_FILE})")
     add("--min-face", type=common.number(int, 24), default=64, metavar="PIXELS", help="smallest face's side (64)")
-    add(
-        "--margin",
-        type=common.number(float, 1, 4),
-        default=1.5,
-        metavar="RATIO",
-        help="the crop's side in face sides (1.5)",
-    )
-    add(
-        "--delay",
-        type=common.number(float, 0),
-        default=1.0,
-        metavar="SECONDS",
-        help="between two requests to a host (1)",
-    )
-    add("--forget", nargs="+", metavar="ID", help="delete these posts' crops and never fetch them again")
+    margins, pauses = common.number(float, 1, 4), common.number(float, 0)
+    add("--margin", type=margins, default=1.5, metavar="RATIO", help="the crop's side in face sides (1.5)")
+    add("--delay", type=pauses, default=1.0, metavar="SECONDS", help="between two requests to a host (1)")
+    add("--forget", type=post_name, nargs="+", metavar="ID", help="delete these posts' crops, never fetch them again")
     args = parser.parse_args([] if argv is None and common.in_notebook() else argv)
     args.script = AGENT
     if sum(map(bool, (args.site, args.urls, args.from_dir))) > 1:
@@ -1079,29 +955,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--from-dir {args.from_dir}: no such folder")
     if args.tags and re.search(r"(^|\s)-?(order|sort|id):", args.tags):
         parser.error("--tags: order:, sort: and id: can't be used, since the crawl itself goes by id")
-    if args.base_url and (
-        args.from_dir or not hostname(args.base_url) or not args.base_url.startswith(("http://", "https://"))
-    ):
+    is_address = re.match("https?://", args.base_url or "") and hostname(args.base_url)
+    if args.base_url and (args.from_dir or not is_address):
         parser.error("--base-url takes an http or https address, and goes with --site or --urls")
     if args.delay < 1 and hostname(args.base_url or "") not in ("localhost", "127.0.0.1", "::1"):
         parser.error("--delay: at least a second between two requests; less is for a --base-url on this machine")
-    if args.forget:
-        try:
-            args.forget = [post_name(name, args) for name in args.forget]
-        except ValueError as error:
-            parser.error(f"--forget {error}: takes a crop's file name, a SITE-ID or an ID of the --site")
+    args.forget = [(site or args.site, id) for site, id in args.forget or ()]
     if not (args.limit or args.urls or args.from_dir):
         args.limit = 2000
     return args
 
 
-def post_name(text: str, args: argparse.Namespace) -> tuple[str, str]:
-    """Site and id from "safebooru-123-0.jpg", "safebooru-123" or "123". Raises ValueError."""
-    stem = text.removesuffix(".jpg").rpartition("-")[0] if text.endswith(".jpg") else text
-    site, _, number = stem.rpartition("-")
-    if not re.fullmatch(r"[a-z0-9._]*", site) or not re.fullmatch(r"[0-9a-f]{1,16}", number):
-        raise ValueError(text)
-    return site or args.site, number
+def post_name(text: str) -> tuple[str, str]:
+    """Site (if it is named) and id from "safebooru-123-0.jpg", "safebooru-123" or "123"."""
+    found = re.fullmatch(r"(?:([a-z0-9._]+)-)?([0-9a-f]{1,16})(?:-\d+\.jpg)?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no crop's file name, SITE-ID or ID of the --site")
+    return found.groups()
 
 
 def main(argv: list[str] | None = None) -> None:
