@@ -85,14 +85,13 @@ class Judge(nn.Module):
 
     def __init__(self, data: common.Data):
         super().__init__()
-        inputs, self.size = data.images.shape[1], min(data.images.shape[-1], 32)
+        self.size = min(data.images.shape[-1], 32)
+        widths, features = [data.images.shape[1], *JUDGE["widths"]], JUDGE["features"]
         layers: list[nn.Module] = []
-        for width in JUDGE["widths"]:
-            convolution = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
-            inputs = width
-        side, features = self.size // 8, JUDGE["features"]
-        layers += [nn.Flatten(), nn.Linear(inputs * side * side, features, bias=False)]
+        for inputs, outputs in itertools.pairwise(widths):
+            convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(widths[-1] * (self.size // 8) ** 2, features, bias=False)]
         self.trunk = nn.Sequential(*layers, nn.BatchNorm1d(features), nn.ReLU())
         self.head = nn.Linear(features, 64 if data.labels is None else 10)
         self.to(memory_format=torch.channels_last)
@@ -214,17 +213,18 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     return (squares + covariance.trace() + covariance2.trace() - 2 * cross).item()
 
 
-def lies_among(points: Tensor, others: Tensor, k: int = 3) -> float:
-    """Share of points (N, d) nearer to one of others (M, d) than is its own k-th neighbour among the others."""
-    # The nearest of all is the point itself.
-    reach = torch.cat([torch.cdist(chunk, others).kthvalue(k + 1).values for chunk in others.split(1000)])
-    inside = [(torch.cdist(chunk, others) <= reach).any(1) for chunk in points.split(1000)]
-    return torch.cat(inside).double().mean().item()
+def precision_and_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Share of fake among real features (N, d), and the reverse (Kynkäänniemi et al. 2019, 1904.06991, eq. 2).
 
-
-def precision_and_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
-    """Of features (N, d), share of fake among real and the reverse (Kynkäänniemi et al. 2019, 1904.06991, eq. 2)."""
-    return lies_among(fake, real), lies_among(real, fake)
+    A point is among others when it is nearer to one of them than is that one's own k-th neighbour among them.
+    """
+    shares = []
+    for points, others in ((fake, real), (real, fake)):
+        # The nearest of all is the point itself.
+        reach = torch.cat([torch.cdist(chunk, others).kthvalue(k + 1).values for chunk in others.split(1000)])
+        inside = torch.cat([(torch.cdist(chunk, others) <= reach).any(1) for chunk in points.split(1000)])
+        shares.append(inside.double().mean().item())
+    return shares[0], shares[1]
 
 
 def class_figures(shares: Tensor, real_shares: Tensor) -> tuple[int, float]:
@@ -458,8 +458,10 @@ class Table(NamedTuple):
     rows: list[dict]
 
     def title(self) -> str:
-        known = f"; the judge knows {self.reals.accuracy:.2%} of them" if self.reals.accuracy else ""
-        return f"{self.reals.name}: measured against {len(self.reals.images):,} test images{known}"
+        if self.reals.accuracy is None:
+            return f"{self.reals.name}: measured against {len(self.reals.images):,} images"
+        known = f"{self.reals.accuracy:.2%} known to the judge"
+        return f"{self.reals.name}: measured against {len(self.reals.images):,} test images, {known}"
 
 
 def compare(runs: list[Run], args: Namespace, compute: common.Compute) -> list[Table]:
@@ -513,20 +515,18 @@ def report(tables: list[Table], args: Namespace) -> None:
     """Print the tables and write them, with the picture, to PREFIX.md, .csv, .json and .png."""
     text = "\n".join(f"{table.title()}\n\n{lay_out(table.rows)}\n" for table in tables)
     print(f"\n{text}")
-    with common.replacing(f"{args.to}.md") as path:
-        path.write_text(text, encoding="utf-8")
     rows = [{"dataset": table.reals.name} | row for table in tables for row in table.rows]
     common.write_picture(f"{args.to}.png", common.label_panels([panel(row) for row in rows], columns=1))
     rows = [{name: value for name, value in row.items() if name != "pictures"} for row in rows]
-    with common.replacing(f"{args.to}.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-        names = dict.fromkeys(["dataset", "run", *COLUMNS, *(name for row in rows for name in row)])
-        writer = csv.DictWriter(file, list(names))
-        writer.writeheader()
-        writer.writerows(rows)
+    sheet = io.StringIO()
+    writer = csv.DictWriter(sheet, dict.fromkeys(["dataset", "run", *COLUMNS, *itertools.chain(*rows)]))
+    writer.writeheader()
+    writer.writerows(rows)
     judges = {table.reals.name: table.reals.accuracy for table in tables}
     results = dict(samples=args.samples, torch=torch.__version__, judge_accuracy=judges, rows=rows)
-    with common.replacing(f"{args.to}.json") as path:
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for suffix, content in dict(md=text, csv=sheet.getvalue(), json=json.dumps(results, indent=1) + "\n").items():
+        with common.replacing(f"{args.to}.{suffix}") as path:
+            path.write_text(content, encoding="utf-8", newline="")
     print(f"compare: written to {args.to}.md, .csv, .json and .png: look at {args.to}.png")
 
 
