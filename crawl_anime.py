@@ -72,9 +72,8 @@ FACELESS_TAGS = set("photo_(medium) 3d monochrome greyscale sketch lineart comic
 
 CASCADE_FILE = "data/lbpcascade_animeface.xml"
 CASCADE_COMMIT = "4433ab1ae1166ea75acfe99eb0f18709dac329a0"
-CASCADE_URL = (
-    f"https://raw.githubusercontent.com/nagadomi/lbpcascade_animeface/{CASCADE_COMMIT}/lbpcascade_animeface.xml"
-)
+CASCADE_HOST = "raw.githubusercontent.com"
+CASCADE_URL = f"https://{CASCADE_HOST}/nagadomi/lbpcascade_animeface/{CASCADE_COMMIT}/lbpcascade_animeface.xml"
 CASCADE_SHA256 = "9376d30ac38db6bda2a68b88b3b76bbd7e6aa33af47f7f5c76bc88ca75f1ce30"
 
 CROP_SIZE = 256  # pixels
@@ -92,16 +91,12 @@ class SourceError(common.UserError):
     status = 3
 
 
-class Unfetched(Exception):
-    """A file that did not come, and why. `again`: another try may help; `status`: of HTTP, if that was it."""
+class Unusable(Exception):
+    """A picture that can't be had or cropped, and why. `again`: another try may help; `status`: HTTP's, if any."""
 
     def __init__(self, reason: str, again: bool = False, status: int = 0):
         super().__init__(reason)
         self.reason, self.again, self.status = reason, again, status
-
-
-class Unusable(Exception):
-    """A picture of which nothing can be cropped, and why."""
 
 
 # -------------------------------------------------------------------------------------------------- the sites
@@ -124,7 +119,6 @@ class Site(NamedTuple):
     """A site's addresses, and what its family of APIs calls things."""
 
     home: str
-    domain: str  # files may lie on this host and on those below it
     search: str  # path and query for {tags}
     page: str  # path of a post's page for its id
     ratings: dict[str, str]
@@ -139,25 +133,8 @@ class Site(NamedTuple):
         return self.search.format(quote_plus(tags)) + (self.before.format(below) if below else "")
 
 
-GELBOORU = Site(
-    "https://safebooru.org",
-    "safebooru.org",
-    search="/index.php?page=dapi&s=post&q=index&json=1&limit=100&pid=0&tags={}",
-    page="/index.php?page=post&s=view&id={}",
-    ratings={"safe": "general"} | {rating: rating for rating in RATINGS},
-)
-DANBOORU = Site(
-    "https://danbooru.donmai.us",
-    "donmai.us",
-    search="/posts.json?tags={}&limit=200",
-    page="/posts/{}",
-    ratings=dict(zip("gsqe", RATINGS)),
-    before="&page=b{}",
-    general_tag="rating:g",
-)
 MOEBOORU = Site(
     "https://yande.re",
-    "yande.re",
     search="/post.json?tags={}&limit=100&page=1",
     page="/post/show/{}",
     ratings={"s": "general", "q": "questionable", "e": "explicit"},
@@ -165,10 +142,22 @@ MOEBOORU = Site(
     general_tag="rating:s",
 )
 SITES = {
-    "safebooru": GELBOORU,
-    "danbooru": DANBOORU,
+    "safebooru": Site(  # of the family of Gelbooru 0.2
+        "https://safebooru.org",
+        search="/index.php?page=dapi&s=post&q=index&json=1&limit=100&pid=0&tags={}",
+        page="/index.php?page=post&s=view&id={}",
+        ratings={"safe": "general"} | {rating: rating for rating in RATINGS},
+    ),
+    "danbooru": Site(
+        "https://danbooru.donmai.us",
+        search="/posts.json?tags={}&limit=200",
+        page="/posts/{}",
+        ratings=dict(zip("gsqe", RATINGS)),
+        before="&page=b{}",
+        general_tag="rating:g",
+    ),
     "yandere": MOEBOORU,
-    "konachan": MOEBOORU._replace(home="https://konachan.net", domain="konachan.net"),
+    "konachan": MOEBOORU._replace(home="https://konachan.net"),
 }
 
 
@@ -212,12 +201,10 @@ def site_posts(fetcher: Fetcher, site: Site, name: str, home: str, tags: str) ->
         try:
             body = fetcher.fetch(home + site.query(tags, below), "api")
             page = json.loads(body) if body.strip() else []
-        except Unfetched as error:
+        except Unusable as error:
             raise SourceError(f"{home} refuses or fails: {error.reason}") from error
         except (ValueError, RecursionError) as error:
-            raise SourceError(
-                f"{home} answers something else than JSON: it may be down, or no site of this kind"
-            ) from error
+            raise SourceError(f"{home} answers no JSON: it may be down, or no site of this kind") from error
         if not isinstance(page, list):
             message = page.get("message") or "an object instead of a list" if isinstance(page, dict) else page
             raise SourceError(f"{home} answers: {printable(message)}")
@@ -267,7 +254,7 @@ class Fetcher:
         self.robots: dict[tuple, list[tuple[bool, str]]] = {}
 
     def fetch(self, address: str, kind: str = "picture") -> bytes:
-        """The body at an address. Raises Unfetched, and SourceError for what ends the crawl.
+        """The body at an address. Raises Unusable, and SourceError for what ends the crawl.
 
         kind: "picture" minds robots.txt. "api" does not, since a documented API is made for programs and has
         limits of its own, nor do "robots" itself and "file", the one named file that the user wants.
@@ -275,7 +262,7 @@ class Fetcher:
         for attempt in range(TRIES):
             try:
                 return self.follow(address, kind)
-            except Unfetched as error:
+            except Unusable as error:
                 if not error.again or attempt == TRIES - 1:
                     raise
                 pause = self.delay * 2**attempt * random.uniform(1, 2)
@@ -285,13 +272,13 @@ class Fetcher:
         for _ in range(1 + REDIRECTS):
             parts = self.check(address)
             if kind == "picture" and not allowed(self.robots_rules(parts), parts):
-                raise Unfetched("robots.txt")
+                raise Unusable("robots.txt")
             answer = self.get(parts, kind)
             if isinstance(answer, bytes):
                 return answer
             with contextlib.suppress(ValueError):  # then it is the same address again
                 address = urljoin(address, answer)
-        raise Unfetched("too many redirects")
+        raise Unusable("too many redirects")
 
     def check(self, address: str) -> SplitResult:
         """The rule for every address, at every redirect: https at its usual port on one of the source's own
@@ -301,12 +288,12 @@ class Fetcher:
             parts = urlsplit(address)
             scheme, host, port = origin(parts)
         except ValueError as error:
-            raise Unfetched("not an address") from error
+            raise Unusable("not an address") from error
         if (scheme, host, port) != self.trusted:
             if scheme != "https" or port != 443 or "@" in parts.netloc:
-                raise Unfetched("not an https address")
+                raise Unusable("not an https address")
             if not any(host == domain or host.endswith("." + domain) for domain in self.domains):
-                raise Unfetched("on a foreign host")
+                raise Unusable("on a foreign host")
         return parts
 
     def get(self, parts: SplitResult, kind: str) -> bytes | str:
@@ -326,19 +313,19 @@ class Fetcher:
                 redirect = self.judge(response, parts.hostname, kind)
                 answer = self.read(response) if redirect is None else redirect
                 if time.monotonic() - started >= DEADLINE:  # what the alarm cut short can look whole
-                    raise Unfetched("too slow", again=True)
+                    raise Unusable("too slow", again=True)
                 return answer
         except UnicodeError as error:
-            raise Unfetched("not an address") from error
+            raise Unusable("not an address") from error
         except (OSError, http.client.HTTPException) as error:
-            raise Unfetched(f"no answer ({type(error).__name__})", again=True) from error
+            raise Unusable(f"no answer ({type(error).__name__})", again=True) from error
 
     def connect(self, parts: SplitResult) -> http.client.HTTPConnection:
         scheme, host, port = origin(parts)
         if (scheme, host, port) != self.trusted:  # and if the name soon leads elsewhere, no certificate fits there
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             if not all(is_public(entry[4][0]) for entry in found):
-                raise Unfetched("on a private network")
+                raise Unusable("on a private network")
         kind = http.client.HTTPConnection if scheme == "http" else http.client.HTTPSConnection
         connection = kind(host, port, timeout=TIMEOUT)
         connection.connect()
@@ -355,22 +342,22 @@ class Fetcher:
             self.pace[host] = max(self.delay, min(60, 2 * self.pace[host]))
             self.hold(host, retry_after(headers.get("Retry-After", "")))
         if status in (408, 421, 429) or status >= 500:
-            raise Unfetched(f"HTTP {status}", again=True, status=status)
+            raise Unusable(f"HTTP {status}", again=True, status=status)
         if status != 200:
             reason = f"HTTP {status}"
             if kind == "api":
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # no message
                     reason += f": {printable(json.loads(response.read(2000))['message'])}"
-            raise Unfetched(reason, status=status)
+            raise Unusable(reason, status=status)
         self.pace[host] = max(self.delay, 0.95 * self.pace[host])
         if headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise Unfetched("compressed, though not asked for")
+            raise Unusable("compressed, though not asked for")
         if kind == "picture":
             robots = " ".join(headers.get_all("X-Robots-Tag", []))
             if re.search(r"\b(noai|noimageai|noml)\b", robots, re.IGNORECASE) or headers.get("TDM-Reservation") == "1":
-                raise Unfetched("not for training (X-Robots-Tag)")
+                raise Unusable("not for training (X-Robots-Tag)")
             if not re.match(r"image/|application/octet-stream", headers.get("Content-Type", "image/"), re.IGNORECASE):
-                raise Unfetched("not a picture")
+                raise Unusable("not a picture")
         return None
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
@@ -381,11 +368,11 @@ class Fetcher:
             self.bytes += len(chunk)
             seconds = time.monotonic() - started
             if seconds > GRACE and len(body) / seconds < SLOWEST:
-                raise Unfetched("too slow", again=True)
+                raise Unusable("too slow", again=True)
         if size > MAX_BYTES:
-            raise Unfetched("more than 20 MiB")
+            raise Unusable("more than 20 MiB")
         if len(body) < size:
-            raise Unfetched("broke off", again=True)
+            raise Unusable("broke off", again=True)
         return bytes(body)
 
     def hold(self, host: str, seconds: float) -> None:
@@ -402,7 +389,7 @@ class Fetcher:
             try:
                 body = self.fetch(f"{parts.scheme}://{parts.netloc}/robots.txt", "robots")
                 self.robots[key] = read_robots(body[: 500 * 1024].decode("utf-8-sig", "replace"))
-            except Unfetched as error:  # RFC 9309, 2.3.1.3 and 2.3.1.4
+            except Unusable as error:  # RFC 9309, 2.3.1.3 and 2.3.1.4
                 self.robots[key] = [] if 400 <= error.status < 500 and not error.again else [(False, "/")]
         return self.robots[key]
 
@@ -584,9 +571,7 @@ def merge(windows: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
 
     def similar(a, b):
         slack = 0.2 * min(a[2], b[2])
-        return all(
-            abs(p - q) <= slack for p, q in zip((*a[:2], a[0] + a[2], a[1] + a[2]), (*b[:2], b[0] + b[2], b[1] + b[2]))
-        )
+        return all(abs(a[i] - b[i]) <= slack and abs(a[i] + a[2] - b[i] - b[2]) <= slack for i in (0, 1))
 
     clusters: list[list] = []
     for window in windows:
@@ -689,9 +674,8 @@ class Folder:
 
     def __init__(self, path: str):
         self.path, self.table = Path(path), Path(path, "metadata.csv")
-        for name in (".*-*.jpg.*.tmp", ".metadata.csv.*.tmp"):  # of a crawl that was killed while it wrote
-            for leftover in self.path.glob(name):
-                leftover.unlink(missing_ok=True)
+        for leftover in (*self.path.glob(".*-*.jpg.*.tmp"), *self.path.glob(".metadata.csv.*.tmp")):
+            leftover.unlink()  # of a crawl that was killed while it wrote
         self.rows = {(row["site"], row["id"]): row for row in self.read()}
         self.hashes = [int(word, 16) for row in self.rows.values() for word in row["hashes"].split()]
         self.faces = sum(len(row["crops"].split()) for row in self.rows.values())
@@ -782,51 +766,46 @@ def fetch_and_crop(posts: Iterable[Post], fetcher: Fetcher, folder: Folder, rati
     for post in posts:
         if folder.knows(post):
             continue
-        if reason := unwanted(post, ratings):
-            yield post, "skipped", reason, []
-            continue
         try:
-            picture = fetch_picture(fetcher, post)
-        except Unfetched as error:
-            failed = error.again or error.status in (401, 403)
-            failures = failures + 1 if failed else 0
-            yield post, "failed" if failed else "skipped", error.reason, []
-            if failures == FAILURES:
-                raise SourceError(f"{failures} pictures in a row did not come ({error.reason})") from error
-        else:
+            result = post, "faces", "", crop_faces(fetch_picture(fetcher, post, ratings), *how)
             failures = 0
-            yield crop_post((post, picture), *how)
+        except Unusable as error:
+            failed = error.again or error.status in (401, 403)
+            failures += failed
+            result = post, "failed" if failed else "skipped", error.reason, []
+        yield result
+        if failures == FAILURES:
+            raise SourceError(f"{failures} pictures did not come, one after the other ({result[2]})")
 
 
-def unwanted(post: Post, ratings: list[str]) -> str:
-    """Why a post is not worth a request, or nothing."""
-    if post.rating and post.rating not in ratings:
-        return "rating"
-    return "tag" if post.tags & FACELESS_TAGS else "" if post.files else "no picture"
-
-
-def fetch_picture(fetcher: Fetcher, post: Post) -> bytes:
-    """The first of a post's files that is there."""
+def fetch_picture(fetcher: Fetcher, post: Post, ratings: list[str]) -> bytes:
+    """The first of a post's files that is there. Raises Unusable, at once for a post that is not worth a request."""
+    if post.rating not in ("", *ratings):
+        raise Unusable("rating")
+    if post.tags & FACELESS_TAGS:
+        raise Unusable("tag")
+    missing = Unusable("no picture")
     for address, md5 in post.files.items():
         try:
             body = fetcher.fetch(address)
-        except Unfetched as error:
-            if error.status not in (404, 410) or address == list(post.files)[-1]:
+        except Unusable as error:
+            if error.status not in (404, 410):
                 raise
-        else:
-            if len(md5) == 32 and hashlib.md5(body, usedforsecurity=False).hexdigest() != md5.lower():
-                raise Unfetched("damaged: another MD5")
-            return body
+            missing = error
+            continue
+        if len(md5) == 32 and hashlib.md5(body, usedforsecurity=False).hexdigest() != md5.lower():
+            raise Unusable("damaged: another MD5")
+        return body
+    raise missing
 
 
-def crop_post(found: tuple[Post, bytes | str], *how) -> Result:
-    """A post and its picture, cropped by crop_faces."""
-    torch.set_num_threads(1)  # more would be no faster, and with --from-dir every core has a process
-    post, picture = found
+def crop_file(post: Post, *how) -> Result:
+    """What crop_faces makes of a file on this disk."""
+    torch.set_num_threads(1)  # more would be no faster, and every core has a process
     try:
-        return post, "faces", "", crop_faces(picture, *how)
+        return post, "faces", "", crop_faces(*post.files, *how)
     except Unusable as error:
-        return post, "skipped", str(error), []
+        return post, "skipped", error.reason, []
 
 
 def crawl(args: argparse.Namespace) -> None:
@@ -841,8 +820,8 @@ def crawl(args: argparse.Namespace) -> None:
         if fetcher:
             results = fetch_and_crop(posts, fetcher, folder, args.rating, how)
         else:
-            posts = [(post, *post.files) for post in posts if not folder.knows(post)]
-            results = common.map_in_processes(crop_post, posts, len(posts) // 8, *how)
+            posts = [post for post in posts if not folder.knows(post)]
+            results = common.map_in_processes(crop_file, posts, len(posts) // 8, *how)
         print(f"{AGENT}: {args.to} has {folder.faces:,} faces of {len(folder.rows):,} posts", flush=True)
         end = collect(results, folder, args.limit, 0 if args.limit else len(posts), fetcher)
         print(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
@@ -887,7 +866,8 @@ def source(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[Post]]:
         posts = list(listed_posts(args.urls))
         hosts = {host for post in posts for address in post.files if (host := hostname(address))}
         return Fetcher(hosts, args.base_url, args.delay), posts
-    site, name, domains, home = SITES[args.site], args.site, {SITES[args.site].domain}, SITES[args.site].home
+    site, name, home = SITES[args.site], args.site, SITES[args.site].home
+    domains = {hostname(home).removeprefix("danbooru.")}  # whose files are on cdn.donmai.us
     if args.base_url:
         domains, home = set(), args.base_url.rstrip("/")
         name = re.sub(r"[^a-z0-9.]", "_", hostname(home))
@@ -914,8 +894,8 @@ def find_cascade(path: str | None) -> str:
     if not Path(CASCADE_FILE).exists():
         print(f"{AGENT}: downloading the face detector (MIT licence, nagadomi) to {CASCADE_FILE}", flush=True)
         try:
-            data = Fetcher({"raw.githubusercontent.com"}, None, 1.0).fetch(CASCADE_URL, "file")
-        except Unfetched as error:
+            data = Fetcher({CASCADE_HOST}, None, 1.0).fetch(CASCADE_URL, "file")
+        except Unusable as error:
             way_out = f"put {CASCADE_URL} into {CASCADE_FILE}, or try --detector none"
             raise SourceError(f"the face detector can't be had ({error.reason}): {way_out}") from error
         with common.replacing(CASCADE_FILE) as temporary:

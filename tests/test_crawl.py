@@ -272,7 +272,7 @@ def test_minimum_speed(server, monkeypatch):
     monkeypatch.setattr(crawl_anime, "TRIES", 1)
     server.always["/slow.png"] = fake_booru.drip
     server.always["/robots.txt"] = status(404)
-    with pytest.raises(crawl_anime.Unfetched, match="too slow"):
+    with pytest.raises(crawl_anime.Unusable, match="too slow"):
         crawl_anime.Fetcher(set(), server.url, 0.01).fetch(f"{server.url}/slow.png")
 
 
@@ -474,7 +474,7 @@ def test_robots_of_the_site(server, tmp_path, answer, fetched):
     ],
 )  # fmt: skip
 def test_addresses_that_are_refused(address, reason):
-    with pytest.raises(crawl_anime.Unfetched, match=reason):
+    with pytest.raises(crawl_anime.Unusable, match=reason):
         crawl_anime.Fetcher({"safebooru.org"}, None, 1).check(address)
 
 
@@ -492,7 +492,7 @@ def test_a_name_that_leads_into_a_private_network_is_refused(monkeypatch, addres
     found = [(0, 0, 0, "", ("93.184.215.14", 443)), (0, 0, 0, "", (address, 443))]
     monkeypatch.setattr(crawl_anime.socket, "getaddrinfo", lambda *_, **__: found)
     monkeypatch.setattr(crawl_anime.socket, "create_connection", lambda *_: pytest.fail("connected"))
-    with pytest.raises(crawl_anime.Unfetched, match="private network"):
+    with pytest.raises(crawl_anime.Unusable, match="private network"):
         crawl_anime.Fetcher({"safebooru.org"}, None, 0).fetch("https://safebooru.org/a.png", "file")
 
 
