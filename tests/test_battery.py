@@ -279,10 +279,7 @@ def test_killed_thirty_times(script, tmp_path):
     kill_and_resume(script, kills=30, seed=random.randrange(10**6), folder=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("script", "number"),
-    [*((script, signal.SIGINT) for script in SCRIPTS), ("gan", signal.SIGTERM), ("vae", signal.SIGTERM)],
-)
+@pytest.mark.parametrize(("script", "number"), [*((s, signal.SIGINT) for s in SCRIPTS), ("gan", signal.SIGTERM)])
 def test_interrupts_end_with_130_and_resume(script, number, tmp_path):
     prepare_data(tmp_path)
     options = SHORT[script].split()
@@ -294,8 +291,10 @@ def test_interrupts_end_with_130_and_resume(script, number, tmp_path):
             break
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error.count("\n") == 1, error
-    assert f"python {script}.py --resume --out-dir run goes on after epoch" in error
+    assert f"{script}.py: interrupted: python {script}.py --resume --out-dir run goes on after epoch" in error
     epochs = str(common.load_checkpoint(tmp_path / "run")["epoch"] + 1)
+    if script != "gan":  # that a resumed run is the unbroken one is tested for all of them where they are killed
+        return
     for sample in (tmp_path / "run/samples").iterdir():  # those of epochs that were drawn and not saved
         sample.unlink() if int(sample.stem.split("-")[1]) > int(epochs) else None
     for more in (["run", "--resume"], ["unbroken", *options]):

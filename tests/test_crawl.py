@@ -493,7 +493,7 @@ def test_a_name_that_leads_into_a_private_network_is_refused(monkeypatch, addres
     monkeypatch.setattr(crawl_anime.socket, "getaddrinfo", lambda *_, **__: found)
     monkeypatch.setattr(crawl_anime.socket, "create_connection", lambda *_: pytest.fail("connected"))
     with pytest.raises(crawl_anime.Unusable, match="private network"):
-        crawl_anime.Fetcher({"safebooru.org"}, None, 0).fetch("https://safebooru.org/a.png", "file")
+        crawl_anime.Fetcher({"safebooru.org"}, None, 0).fetch("https://safebooru.org/a.png", is_picture=False)
 
 
 # ------------------------------------------------------------------------------------------------------ state
@@ -577,6 +577,11 @@ def test_one_process_a_folder(server, tmp_path, capsys):
     with crawl_anime.locked(tmp_path):
         assert crawl(server, tmp_path) == 2 and "another crawl" in capsys.readouterr().err
     assert crawl(server, tmp_path) == 0
+
+
+def test_a_folder_that_can_not_be_locked(server, tmp_path, capsys):
+    (tmp_path / ".lock").mkdir()
+    assert crawl(server, tmp_path) == 2 and "unable to open" in capsys.readouterr().err and not server.log
 
 
 def test_other_files_in_the_folder_stay(server, tmp_path):

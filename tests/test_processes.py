@@ -49,11 +49,9 @@ def test_one_of_two_processes_writes_and_another_number_resumes(tmp_path):
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert re.search(r"2 processes", first[1]) and second[1] == second[2] == ""
     assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 3
-    for count in (1, 2):
-        epochs = 2 + count
-        done = finish(start("gan", tmp_path, "--out-dir", "run", "--resume", "--epochs", epochs, count=count))
-        assert [status for status, _, _ in done] == [0] * count, done
-        assert common.load_checkpoint(tmp_path / "run")["epoch"] == epochs
+    ((status, _, error),) = finish(start("gan", tmp_path, "--out-dir", "run", "--resume", "--epochs", 3, count=1))
+    assert status == 0, error
+    assert common.load_checkpoint(tmp_path / "run")["epoch"] == 3
 
 
 def test_two_processes_train_as_one_does(tmp_path):
