@@ -64,7 +64,7 @@ SLOWEST, GRACE = 2048, 10  # bytes a second that an answer must come at, but for
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 40_000_000
 POSTS_PER_FACE = 10  # a crawl ends after this many new posts for each face asked for
-FAILURES = 10  # in a row, after which the source counts as broken
+FAILURES = 10  # without a success between them, after which the source counts as broken
 
 FORMATS, SUFFIXES = ["JPEG", "PNG", "WEBP", "GIF"], (".jpg", ".jpeg", ".png", ".webp", ".gif")
 RATINGS = ("general", "sensitive", "questionable", "explicit")
@@ -119,8 +119,8 @@ class Site(NamedTuple):
     """A site's addresses, and what its family of APIs calls things."""
 
     home: str
-    search: str  # path and query for {tags}
-    page: str  # path of a post's page for its id
+    search: str  # path and query, with a place for the tags
+    page: str  # path of a post's page, with a place for its id
     ratings: dict[str, str]
     before: str = ""  # what a query ends with to go on below an id; without it, a tag says so
     tags: str = "1girl solo"
@@ -199,7 +199,7 @@ def site_posts(fetcher: Fetcher, site: Site, name: str, home: str, tags: str) ->
     below = None
     while True:
         try:
-            body = fetcher.fetch(home + site.query(tags, below), "api")
+            body = fetcher.fetch(home + site.query(tags, below), is_picture=False)
             page = json.loads(body) if body.strip() else []
         except Unusable as error:
             raise SourceError(f"{home} refuses or fails: {error.reason}") from error
@@ -253,27 +253,27 @@ class Fetcher:
         self.next_start = collections.defaultdict(float)
         self.robots: dict[tuple, list[tuple[bool, str]]] = {}
 
-    def fetch(self, address: str, kind: str = "picture") -> bytes:
+    def fetch(self, address: str, is_picture: bool = True) -> bytes:
         """The body at an address. Raises Unusable, and SourceError for what ends the crawl.
 
-        kind: "picture" minds robots.txt. "api" does not, since a documented API is made for programs and has
-        limits of its own, nor do "robots" itself and "file", the one named file that the user wants.
+        robots.txt holds for pictures. It does not for a documented API, which is made for programs and has limits
+        of its own, nor for itself and for the detector, one named file that the user wants.
         """
         for attempt in range(TRIES):
             try:
-                return self.follow(address, kind)
+                return self.follow(address, is_picture)
             except Unusable as error:
                 if not error.again or attempt == TRIES - 1:
                     raise
                 pause = self.delay * 2**attempt * random.uniform(1, 2)
                 self.hold(urlsplit(address).hostname, min(pause, PATIENCE))
 
-    def follow(self, address: str, kind: str) -> bytes:
+    def follow(self, address: str, is_picture: bool) -> bytes:
         for _ in range(1 + REDIRECTS):
             parts = self.check(address)
-            if kind == "picture" and not allowed(self.robots_rules(parts), parts):
+            if is_picture and not allowed(self.robots_rules(parts), parts):
                 raise Unusable("robots.txt")
-            answer = self.get(parts, kind)
+            answer = self.get(parts, is_picture)
             if isinstance(answer, bytes):
                 return answer
             with contextlib.suppress(ValueError):  # then it is the same address again
@@ -296,7 +296,7 @@ class Fetcher:
                 raise Unusable("on a foreign host")
         return parts
 
-    def get(self, parts: SplitResult, kind: str) -> bytes | str:
+    def get(self, parts: SplitResult, is_picture: bool) -> bytes | str:
         """One request: the body, or where a redirect leads."""
         time.sleep(max(0.0, self.next_start[parts.hostname] - time.monotonic()))
         self.next_start[parts.hostname] = time.monotonic() + self.pace[parts.hostname]
@@ -310,7 +310,7 @@ class Fetcher:
                 alarm.start()
                 connection.request("GET", quote(target, safe="/%:@!$&'()*+,;=~?[]"), headers=headers)
                 response = stack.enter_context(connection.getresponse())
-                redirect = self.judge(response, parts.hostname, kind)
+                redirect = self.judge(response, parts.hostname, is_picture)
                 answer = self.read(response) if redirect is None else redirect
                 if time.monotonic() - started >= DEADLINE:  # what the alarm cut short can look whole
                     raise Unusable("too slow", again=True)
@@ -322,16 +322,16 @@ class Fetcher:
 
     def connect(self, parts: SplitResult) -> http.client.HTTPConnection:
         scheme, host, port = origin(parts)
-        if (scheme, host, port) != self.trusted:  # and if the name soon leads elsewhere, no certificate fits there
+        if (scheme, host, port) != self.trusted:  # should the name lead elsewhere a moment later, no certificate fits
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             if not all(is_public(entry[4][0]) for entry in found):
                 raise Unusable("on a private network")
-        kind = http.client.HTTPConnection if scheme == "http" else http.client.HTTPSConnection
-        connection = kind(host, port, timeout=TIMEOUT)
+        connection_class = http.client.HTTPConnection if scheme == "http" else http.client.HTTPSConnection
+        connection = connection_class(host, port, timeout=TIMEOUT)
         connection.connect()
         return connection
 
-    def judge(self, response: http.client.HTTPResponse, host: str, kind: str) -> str | None:
+    def judge(self, response: http.client.HTTPResponse, host: str, is_picture: bool) -> str | None:
         """Where a redirect leads, or None if the body is worth reading."""
         status, headers = response.status, response.headers
         if status in (301, 302, 303, 307, 308):
@@ -345,14 +345,14 @@ class Fetcher:
             raise Unusable(f"HTTP {status}", again=True, status=status)
         if status != 200:
             reason = f"HTTP {status}"
-            if kind == "api":
-                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # no message
+            if not is_picture:
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # none is given
                     reason += f": {printable(json.loads(response.read(2000))['message'])}"
             raise Unusable(reason, status=status)
         self.pace[host] = max(self.delay, 0.95 * self.pace[host])
         if headers.get("Content-Encoding", "identity").lower() != "identity":
             raise Unusable("compressed, though not asked for")
-        if kind == "picture":
+        if is_picture:
             robots = " ".join(headers.get_all("X-Robots-Tag", []))
             if re.search(r"\b(noai|noimageai|noml)\b", robots, re.IGNORECASE) or headers.get("TDM-Reservation") == "1":
                 raise Unusable("not for training (X-Robots-Tag)")
@@ -387,7 +387,7 @@ class Fetcher:
         key = origin(parts)
         if key not in self.robots:
             try:
-                body = self.fetch(f"{parts.scheme}://{parts.netloc}/robots.txt", "robots")
+                body = self.fetch(f"{parts.scheme}://{parts.netloc}/robots.txt", is_picture=False)
                 self.robots[key] = read_robots(body[: 500 * 1024].decode("utf-8-sig", "replace"))
             except Unusable as error:  # RFC 9309, 2.3.1.3 and 2.3.1.4
                 self.robots[key] = [] if 400 <= error.status < 500 and not error.again else [(False, "/")]
@@ -747,11 +747,13 @@ class Folder:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other crawls out of a folder: SQLite locks files on every system, and a killed process lets go of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(sqlite3.connect(folder / ".lock", timeout=0)) as lock:
-        try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            raise common.UserError(f"another crawl writes to {folder}: wait, or choose another --to") from error
+    try:
+        lock = sqlite3.connect(folder / ".lock", timeout=0)
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        why = f"another crawl writes to {folder}, or nobody can ({error})"
+        raise common.UserError(f"{why}: wait, or choose another --to") from error
+    with contextlib.closing(lock):
         yield
 
 
@@ -775,7 +777,7 @@ def fetch_and_crop(posts: Iterable[Post], fetcher: Fetcher, folder: Folder, rati
             result = post, "failed" if failed else "skipped", error.reason, []
         yield result
         if failures == FAILURES:
-            raise SourceError(f"{failures} pictures did not come, one after the other ({result[2]})")
+            raise SourceError(f"{failures} pictures did not come, and none between them did ({result[2]})")
 
 
 def fetch_picture(fetcher: Fetcher, post: Post, ratings: list[str]) -> bytes:
@@ -867,7 +869,7 @@ def source(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[Post]]:
         hosts = {host for post in posts for address in post.files if (host := hostname(address))}
         return Fetcher(hosts, args.base_url, args.delay), posts
     site, name, home = SITES[args.site], args.site, SITES[args.site].home
-    domains = {hostname(home).removeprefix("danbooru.")}  # whose files are on cdn.donmai.us
+    domains = {hostname(home).removeprefix("danbooru.")}  # Danbooru's files are on cdn.donmai.us
     if args.base_url:
         domains, home = set(), args.base_url.rstrip("/")
         name = re.sub(r"[^a-z0-9.]", "_", hostname(home))
@@ -894,7 +896,7 @@ def find_cascade(path: str | None) -> str:
     if not Path(CASCADE_FILE).exists():
         print(f"{AGENT}: downloading the face detector (MIT licence, nagadomi) to {CASCADE_FILE}", flush=True)
         try:
-            data = Fetcher({CASCADE_HOST}, None, 1.0).fetch(CASCADE_URL, "file")
+            data = Fetcher({CASCADE_HOST}, None, 1.0).fetch(CASCADE_URL, is_picture=False)
         except Unusable as error:
             way_out = f"put {CASCADE_URL} into {CASCADE_FILE}, or try --detector none"
             raise SourceError(f"the face detector can't be had ({error.reason}): {way_out}") from error
