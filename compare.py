@@ -41,6 +41,7 @@ A script joins by its function `load_sampler(checkpoint, device) -> common.Sampl
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "pillow>=10.1"]
 # ///
 
+import contextlib
 import csv
 import glob
 import hashlib
@@ -177,13 +178,11 @@ def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Comp
     steps = min(MOST_STEPS, max(LEAST_STEPS, len(data.images) // 50))
     settings = JUDGE | dict(images=images, steps=steps)
     judge = Judge(data).to(compute.device)
-    try:
+    with contextlib.suppress(Exception):  # absent, or damaged in any way: it can always be made again
         kept = torch.load(path, map_location=compute.device, weights_only=True)
         if kept["settings"] == settings:
             judge.load_state_dict(kept["weights"])
             return judge.eval()
-    except Exception:  # absent, or damaged in any way: it can always be made again
-        pass
     print(f"training the judge of {name}, once: it is kept as {path}", flush=True)
     judge = train_judge(data, compute, steps)
     buffer = io.BytesIO()
@@ -429,8 +428,8 @@ def walk(sampler: common.Sampler, device: torch.device) -> Tensor:
 def measure_run(run: Run, reals: Reals, count: int, device: torch.device) -> dict:
     """A run's row of the table: its figures, and as pictures twelve samples, then a walk in eight."""
     chunks, progress = [], common.Progress(count, f"samples of {run.name}")
-    for images, labels in common.draw(run.sampler, count, 0, device):
-        chunks.append((images, labels))
+    for chunk in common.draw(run.sampler, count, 0, device):
+        chunks.append(chunk)
         progress.update(sum(len(images) for images, _ in chunks))
     images = torch.cat([images for images, _ in chunks])
     labels = torch.cat([labels for _, labels in chunks]) if run.sampler.classes else None
@@ -451,11 +450,10 @@ def measure_run(run: Run, reals: Reals, count: int, device: torch.device) -> dic
 
 
 class Table(NamedTuple):
-    """One data set's rows, the floor first: "run", its "pictures" (uint8 (C, H, W)), the figures by name, and for
-    means over several seeds "FIGURE deviation"."""
+    """All runs on one data set. A row holds "run", "pictures" and figures; over seeds also "FIGURE deviation"."""
 
     reals: Reals
-    rows: list[dict]
+    rows: list[dict]  # the floor first
 
     def title(self) -> str:
         if self.reals.accuracy is None:
@@ -606,7 +604,7 @@ def rank(rows: list[dict], trials: list[Trial]) -> list[dict]:
     for label in dict.fromkeys(trial.label for trial in trials):
         seeds = [row for row, trial in zip(rows[1:], trials) if trial.label == label]
         mean = seeds[0] | {"run": label}
-        for name in COLUMNS.keys() & mean.keys():
+        for name in [name for name in COLUMNS if name in mean]:
             values = [float(row[name]) for row in seeds]
             mean[name] = statistics.fmean(values)
             if len(values) > 1:
@@ -618,33 +616,32 @@ def rank(rows: list[dict], trials: list[Trial]) -> list[dict]:
 # ------------------------------------------------------------------------------------------- the command line
 
 
-def search(args: Namespace) -> None:
-    """Train the grid, rank it, and print the command of its best run."""
-    script = args.grid.removesuffix(".py")
-    if script not in scripts():
-        raise common.UserError(f"--grid takes one of {', '.join(sorted(f'{name}.py' for name in scripts()))}")
-    ours = {"--data-dir": args.data_dir, "--device": args.device}
-    options = read_options(args.words) | {
-        name: [value] for name, value in ours.items() if value not in ("data", "auto")
-    }
-    trials = train_trials(script, list_trials(script, options, args.repeat))
+def run(args: Namespace) -> None:
+    """Measure the runs that were named, or train a grid's, rank them and print the command of the best."""
+    if args.grid is None:
+        if args.repeat > 1:
+            raise common.UserError("--repeat trains: give --grid SCRIPT too")
+        if not args.words:
+            raise common.UserError("name the folders of the runs to compare: python compare.py runs/*")
+        # Not all shells expand runs/*.
+        folders = [folder for name in args.words for folder in sorted(glob.glob(name)) or [name]]
+    else:
+        script = args.grid.removesuffix(".py")
+        if script not in scripts():
+            raise common.UserError(f"--grid takes one of {', '.join(sorted(f'{name}.py' for name in scripts()))}")
+        options = read_options(args.words)
+        ours = {"--data-dir": args.data_dir, "--device": args.device}
+        options |= {name: [value] for name, value in ours.items() if value not in ("data", "auto")}
+        trials = train_trials(script, list_trials(script, options, args.repeat))
+        folders = [trial.folder for trial in trials]
     compute = common.choose_compute(args)
-    (table,) = compare([load_run(trial.folder, compute.device) for trial in trials], args, compute)
-    rows = rank(table.rows, trials)
-    report([Table(table.reals, rows)], args)
-    best = next(trial for trial in trials if trial.label == rows[1]["run"])
-    print(f"compare: best by Frechet distance: python {script}.py {' '.join(best.words)}")
-
-
-def study(args: Namespace) -> None:
-    """Measure the runs that were named."""
-    if args.repeat > 1:
-        raise common.UserError("--repeat trains: give --grid SCRIPT too")
-    if not args.words:
-        raise common.UserError("name the folders of the runs to compare: python compare.py runs/*")
-    folders = [folder for name in args.words for folder in sorted(glob.glob(name)) or [name]]  # not all shells do it
-    compute = common.choose_compute(args)
-    report(compare([load_run(folder, compute.device) for folder in folders], args, compute), args)
+    tables = compare([load_run(folder, compute.device) for folder in folders], args, compute)
+    if args.grid is not None:
+        tables = [Table(tables[0].reals, rank(tables[0].rows, trials))]
+    report(tables, args)
+    if args.grid is not None:
+        best = next(trial for trial in trials if trial.label == tables[0].rows[1]["run"])
+        print(f"compare: best by Frechet distance: python {script}.py {' '.join(best.words)}")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -664,8 +661,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    common.run_command(study if args.grid is None else search, args)
+    common.run_command(run, parse_args(argv))
 
 
 if __name__ == "__main__":
