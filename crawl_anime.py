@@ -324,10 +324,11 @@ class Fetcher:
         scheme, host, port = origin(parts)
         if (scheme, host, port) != self.trusted:  # should the name lead elsewhere a moment later, no certificate fits
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            if not all(is_public(entry[4][0]) for entry in found):
+            addresses = [ipaddress.ip_address(entry[4][0]) for entry in found]
+            if not all(address.is_global and not address.is_multicast for address in addresses):
                 raise Unusable("on a private network")
-        connection_class = http.client.HTTPConnection if scheme == "http" else http.client.HTTPSConnection
-        connection = connection_class(host, port, timeout=TIMEOUT)
+        Connection = http.client.HTTPConnection if scheme == "http" else http.client.HTTPSConnection
+        connection = Connection(host, port, timeout=TIMEOUT)
         connection.connect()
         return connection
 
@@ -406,12 +407,6 @@ def hang_up(connected: socket.socket) -> None:
         socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
-def is_public(address: str) -> bool:
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    return ip.is_global and not ip.is_multicast
-
-
 def retry_after(text: str) -> float:
     """Seconds that a Retry-After of either form asks for; 0 without one."""
     try:
@@ -440,16 +435,18 @@ def read_robots(text: str) -> list[tuple[bool, str]]:
 
 
 def allowed(rules: list[tuple[bool, str]], parts: SplitResult) -> bool:
-    """Whether the longest rule that matches allows a path; of two equally long ones the friendlier holds."""
+    """Whether the longest rule that matches allows a path; of two equally long ones the friendlier holds.
+
+    A pattern matches the beginning of a path; a * in it is anything, and a $ at its end is the path's end.
+    """
     path = unquote(parts.path or "/") + ("?" + unquote(parts.query) if parts.query else "")
-    matching = [(len(pattern), allow) for allow, pattern in rules if matches(unquote(pattern), path)]
-    return max(matching, default=(0, True))[1]
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a path begins with a pattern, in which * is anything, and a $ at its end is the path's end."""
-    literal = re.sub(r"[?[]", r"[\g<0>]", pattern)  # these two mean themselves in robots.txt, but not to fnmatch
-    return fnmatch.fnmatchcase(path, literal.removesuffix("$") if pattern.endswith("$") else literal + "*")
+    longest = (0, True)
+    for allow, pattern in rules:
+        wildcards = re.sub(r"[?[]", r"[\g<0>]", unquote(pattern))  # fnmatch would give these two a meaning
+        wildcards = wildcards.removesuffix("$") if wildcards.endswith("$") else wildcards + "*"
+        if fnmatch.fnmatchcase(path, wildcards):
+            longest = max(longest, (len(unquote(pattern)), allow))
+    return longest[1]
 
 
 # ---------------------------------------------------------------------------------------- detection, in torch
