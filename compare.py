@@ -234,9 +234,10 @@ def class_figures(shares: Tensor, real_shares: Tensor) -> tuple[int, float]:
 
 def split_speckle(images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) as calm + speckle: calm has every pixel within the range of the eight around it."""
-    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
-    around = padded.unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)[..., [0, 1, 2, 3, 5, 6, 7, 8]]  # (N, C, H, W, 8)
-    calm = images.clamp(around.amin(4), around.amax(4))
+    windows = F.pad(images, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)  # (N, C, H, W, 3, 3)
+    around = [windows[..., y, x] for y in range(3) for x in range(3) if (y, x) != (1, 1)]
+    around = torch.stack(around)  # (8, N, C, H, W)
+    calm = images.clamp(around.amin(0), around.amax(0))
     return calm, images - calm
 
 
