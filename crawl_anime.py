@@ -321,14 +321,15 @@ class Fetcher:
             raise Unusable(f"no answer ({type(error).__name__})", again=True) from error
 
     def connect(self, parts: SplitResult) -> http.client.HTTPConnection:
+        """Connecting looks the name up once more: should it lead elsewhere by then, no certificate fits there."""
         scheme, host, port = origin(parts)
-        if (scheme, host, port) != self.trusted:  # should the name lead elsewhere a moment later, no certificate fits
+        if (scheme, host, port) != self.trusted:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             addresses = [ipaddress.ip_address(entry[4][0]) for entry in found]
             if not all(address.is_global and not address.is_multicast for address in addresses):
                 raise Unusable("on a private network")
-        Connection = http.client.HTTPConnection if scheme == "http" else http.client.HTTPSConnection
-        connection = Connection(host, port, timeout=TIMEOUT)
+        family = http.client.HTTPConnection if scheme == "http" else http.client.HTTPSConnection
+        connection = family(host, port, timeout=TIMEOUT)
         connection.connect()
         return connection
 
