@@ -1,11 +1,13 @@
 """Every command of the README parses, every picture exists, is shown and is small."""
 
 import importlib
+import json
 import re
 import shlex
 
 import pytest
 
+import compare
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -46,3 +48,10 @@ def test_every_picture_is_there_shown_and_small():
 def test_every_link_into_the_tree_leads_somewhere():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links and all((ROOT / link).exists() for link in links)
+
+
+def test_the_results_are_those_that_were_measured():
+    """Every row of assets/results.json stands in the README, figure by figure as compare.py prints it."""
+    rows = json.loads((ROOT / "assets/results.json").read_text())["rows"]
+    for line in compare.lay_out(rows).splitlines():
+        assert line in README
