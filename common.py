@@ -116,7 +116,8 @@ class Parser(argparse.ArgumentParser):
 def complain(who: str, message: str) -> None:
     """One line on standard error, whatever names from outside are in it."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    show_line("", end="") if sys.stdout.isatty() else None
+    if sys.stdout.isatty():
+        show_line("", end="")  # off the unfinished progress line
     print(f"{who}: {line}", file=sys.stderr, flush=True)
 
 
@@ -909,7 +910,8 @@ class Run:
         self.folder, self.history, self.epoch = Path(args.out_dir), [], 0
         if len(data.images) < args.batch_size and "batch_size" not in args.given and args.dataset not in LABELLED:
             args.batch_size = max(1, len(data.images) // processes()) * processes()  # a small folder is one batch
-            print(f"{args.script}: all {args.batch_size} images in one batch")
+            if not is_quiet():
+                print(f"{args.script}: all {args.batch_size} images in one batch")
         self.steps = len(data.images) // args.batch_size
         self.names, self.extra, self.interrupted, self.display = [], {}, False, None
         self.saved_at, self.saving = -math.inf, 0.0

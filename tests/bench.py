@@ -48,6 +48,12 @@ TRAININGS = {
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "conv2d", "conv_transpose2d")
 
 
+def cpu() -> common.Compute:
+    """The processor in the precision that `--precision auto` takes there."""
+    device = torch.device("cpu")
+    return common.Compute(device, "bf16" if common.has_native_bf16(device) else "fp32")
+
+
 def ours(script, args: argparse.Namespace, compute: common.Compute) -> Iterator[None]:
     """Our training, a step at a time."""
     size = getattr(args, "image_size", None)
@@ -100,8 +106,7 @@ def step_seconds(script: str, options: str, size: int = 28, seconds: float = 4) 
     shape = (args.batch_size, 1, 28, 28) if size == 28 else (args.batch_size, 3, size, size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     networks = module.build(args)
-    compute = common.Compute(torch.device("cpu"), "bf16" if common.has_native_bf16(torch.device("cpu")) else "fp32")
-    step = module.make_step(args, compute, networks, module.make_optimizers(args, networks))
+    step = module.make_step(args, cpu(), networks, module.make_optimizers(args, networks))
     return compare({"": iter(lambda: step(images), None)}, seconds)[""]
 
 
@@ -166,10 +171,9 @@ def main() -> None:
         training = TRAININGS[name]
         script = importlib.import_module(training.script)
         args = script.parse_args([*training.options.split(), "--data-dir", options.data_dir])
-        precision = "bf16" if common.has_native_bf16(torch.device("cpu")) else "fp32"
         common.seed_everything(0)
         steps = {
-            "ours": ours(script, args, common.Compute(torch.device("cpu"), precision)),
+            "ours": ours(script, args, cpu()),
             "conventional": getattr(conventional, name.replace("-", "_"), getattr(conventional, training.script))(args),
         }
         best = compare(steps, options.seconds)

@@ -20,7 +20,7 @@ def endless(loader: DataLoader) -> Iterator:
 
 
 def mnist(args: Namespace, symmetric: bool = True) -> Iterator:
-    """MNIST batches in [-1, 1], or [0, 1]; random images of the same shape where MNIST is not on the disk."""
+    """MNIST batches in [-1, 1], or [0, 1]."""
     steps = [transforms.ToTensor()] + ([transforms.Normalize(0.5, 0.5)] if symmetric else [])
     data = datasets.MNIST(args.data_dir, transform=transforms.Compose(steps))
     return endless(DataLoader(data, args.batch_size, shuffle=True, drop_last=True))

@@ -8,6 +8,7 @@ Prints seconds and images per second of each training from its log, and ends wit
 
 import argparse
 import csv
+import importlib
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
 import compare  # noqa: E402
-from tests.bench import TRAININGS, importlib  # noqa: E402
+from tests.bench import TRAININGS  # noqa: E402
 
 
 def main() -> None:
