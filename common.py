@@ -716,9 +716,9 @@ def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> 
     The last images that fill no batch are left out, so that every step has one shape; the next epoch permutes anew.
     """
     share = batch_size // processes()
-    order = torch.randperm(len(data.images))
+    order = torch.randperm(len(data.images)).to(data.images.device)  # once: a copy a step would wait for the device
     for start in range(0, len(order) - batch_size + 1, batch_size):
-        picked = order[start + rank() * share : start + (rank() + 1) * share].to(data.images.device)
+        picked = order[start + rank() * share : start + (rank() + 1) * share]
         labels = data.labels.index_select(0, picked).to(device) if data.labels is not None else None
         yield data.images.index_select(0, picked).to(device, non_blocking=True), labels
 
