@@ -1003,8 +1003,8 @@ class Run:
     def show(self, losses: dict[str, float], seconds: float) -> None:
         """The progress line, `seconds` into an epoch."""
         done, total = len(self.history) + 1, self.args.epochs
-        per_epoch = [row["seconds"] for row in self.history[-5:]] or [seconds * self.steps / self.step]
-        left = sum(per_epoch) / len(per_epoch) * (total - done) + seconds * (self.steps / self.step - 1)
+        per_epoch = self.history[-1]["seconds"] if self.history else seconds * self.steps / self.step
+        left = per_epoch * (total - done) + seconds * (self.steps / self.step - 1)
         figures = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in losses.items())
         rate = self.step * self.args.batch_size / seconds
         line = f"epoch {done:>{len(str(total))}}/{total}  {figures}  {rate:,.0f} images/s  {clock(left)} left"
