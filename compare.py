@@ -5,33 +5,29 @@
     python compare.py --grid gan.py --lr 1e-4 2e-4 3e-4 --batch-size 64 128 --epochs 5     # a grid search
     python compare.py --grid vae.py --epochs 5 --repeat 3               # mean and deviation over three seeds
 
-10,000 samples of each run, rounded to bytes as a file would hold them, meet the test images. The row "real
-images" puts real training images in the samples' place (of a folder, one half of it meets the other): the
-floor of every column.
+10,000 samples of each run, as bytes like the data, meet the test images. In the row "real images" training images
+take their place (of a folder, one half meets the other): the floor of every column.
 
     parameters     weights of all networks; epochs, minutes and images/s are from the run's own log
-    Frechet        Frechet distance of the features of real images and samples, in percent of the real ones' variance:
-                   100 is the score of a model that repeats one image with average features (Heusel et al. 2017)
+    Frechet        distance of the features of real images and samples, in percent of the real ones' variance: 100
+                   is the score of a model that repeats one image with average features (Heusel et al. 2017)
     precision      share of the samples that lie among real images: quality (Kynkäänniemi et al. 2019)
     recall         share of the real images that lie among samples: variety; both with k = 3 and 5,000 images
     classes        how many of the classes get at least a tenth of their real share of the samples
     KL [nats]      divergence of the samples' shares of the classes from the real ones: 0 is perfect
     sharpness      slope of the edges, over that of real images; below 1 is blurred
-    noise          size of lone pixels, brighter or darker than all eight around, over that of real images;
-                   above 1 is speckled
+    noise          size of pixels brighter or darker than all around, over that of real images; above 1 is speckled
     walk           evenness of 16 steps between two latents, in features: 1 when all are equal, 1/16 for one jump
     agreement      share of the samples in which the judge sees the class that was asked for
-    ELBO, bound    bounds on log p(x) of the test images, in nats; the importance-weighted one is measured by its
-                   gap above the ELBO on 250 of them
+    ELBO, bound    bounds on log p(x) of the test images; the importance-weighted one by its gap to the ELBO on 250
     Wasserstein    sliced Wasserstein distance of 7x7 patches at every scale, times 1,000 (Karras et al. 2018)
 
-Features are those of the judge, a small network trained once on the training images, kept as judge-NAME.pt
-in the data folder. With labels it classifies (99.4 % of MNIST's test images right), badly drawn images too,
-so that blur and speckle are not taken for another class. A folder of images has no labels: there the judge
-learns to know an image by any crop of it (Chen et al. 2020). It looks at 32x32 pixels, so that it can tell
-whether poses, colours and layouts are real and varied, but not whether fine detail is right: Wasserstein and
-sharpness can, and these know nothing of layout. Figures of two judges, or of two data sets, don't compare.
-On two cores the judge takes 105 seconds, once, and each run of linear layers five to ten.
+Features are those of the judge, a small network trained once on the training images and kept in the data folder:
+105 seconds on two cores. With labels it classifies (99.4 % of MNIST's test images right), badly drawn images too, so
+that blur and speckle are not taken for another class. For a folder, without labels, it learns to know an image by
+any crop of it (Chen et al. 2020), at 32x32 pixels: it can tell whether poses, colours and layouts are real and
+varied, but not whether fine detail is right; Wasserstein and sharpness can, and know nothing of layout. Figures of
+two judges, or of two data sets, don't compare.
 
 A script joins by its function `load_sampler(checkpoint, device) -> common.Sampler` and by nothing else.
 """
@@ -50,6 +46,7 @@ import io
 import itertools
 import json
 import math
+import shlex
 import statistics
 import subprocess
 import sys
@@ -90,8 +87,8 @@ class Judge(nn.Module):
         widths, features = [data.images.shape[1], *JUDGE["widths"]], JUDGE["features"]
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(widths):
-            convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
+            layers += [nn.ReLU(), nn.MaxPool2d(2)]
         layers += [nn.Flatten(), nn.Linear(widths[-1] * (self.size // 8) ** 2, features, bias=False)]
         self.trunk = nn.Sequential(*layers, nn.BatchNorm1d(features), nn.ReLU())
         self.head = nn.Linear(features, 64 if data.labels is None else 10)
@@ -175,18 +172,16 @@ def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Comp
     path = Path(data_dir, f"judge-{name}.pt")
     some = data.images[:: math.ceil(len(data.images) / 1000)].contiguous()
     images = f"{list(data.images.shape)} {hashlib.sha256(some.numpy().tobytes()).hexdigest()}"
-    steps = min(MOST_STEPS, max(LEAST_STEPS, len(data.images) // 50))
-    settings = JUDGE | dict(images=images, steps=steps)
-    judge = Judge(data).to(compute.device)
+    settings = JUDGE | dict(images=images, steps=min(MOST_STEPS, max(LEAST_STEPS, len(data.images) // 50)))
     with contextlib.suppress(Exception):  # absent, or damaged in any way: it can always be made again
         kept = torch.load(path, map_location=compute.device, weights_only=True)
         if kept["settings"] == settings:
+            judge = Judge(data).to(compute.device)
             judge.load_state_dict(kept["weights"])
             return judge.eval()
     print(f"training the judge of {name}, once: it is kept as {path}", flush=True)
-    judge = train_judge(data, compute, steps)
-    buffer = io.BytesIO()
-    torch.save(dict(settings=settings, weights=judge.state_dict()), buffer)
+    judge = train_judge(data, compute, settings["steps"])
+    torch.save(dict(settings=settings, weights=judge.state_dict()), buffer := io.BytesIO())
     try:
         with common.replacing(path) as temporary:
             temporary.write_bytes(buffer.getbuffer())
@@ -235,8 +230,7 @@ def class_figures(shares: Tensor, real_shares: Tensor) -> tuple[int, float]:
 def split_speckle(images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) as calm + speckle: calm has every pixel within the range of the eight around it."""
     windows = F.pad(images, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)  # (N, C, H, W, 3, 3)
-    around = [windows[..., y, x] for y in range(3) for x in range(3) if (y, x) != (1, 1)]
-    around = torch.stack(around)  # (8, N, C, H, W)
+    around = torch.stack([windows[..., i // 3, i % 3] for i in range(9) if i != 4])  # (8, N, C, H, W)
     calm = images.clamp(around.amin(0), around.amax(0))
     return calm, images - calm
 
@@ -244,9 +238,8 @@ def split_speckle(images: Tensor) -> tuple[Tensor, Tensor]:
 def texture(images: Tensor) -> tuple[float, float]:
     """Slope of the edges [brightness a pixel] and size of the speckle [brightness, 0 to 1] of uint8 (N, C, H, W).
 
-    The slope is sum g^3 / sum g^2 over the gradients g of the images without speckle: an edge of height h that
-    takes w pixels counts as h / w, however many edges there are, and faint ripples hardly count. The size of
-    the speckle is the root of its mean square.
+    The slope is sum g^3 / sum g^2 over the gradients g of the calm images: an edge of height h over w pixels counts
+    as h / w, however many there are, and faint ripples hardly count. The size is the root of the mean square.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for chunk in images.split(250):
@@ -284,13 +277,6 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     return [*levels, images]
 
 
-def patches(images: Tensor, per_image: int, generator: torch.Generator) -> Tensor:
-    """Random 7x7 patches of (N, C, H, W): (N * per_image, 7, 7, C)."""
-    which = torch.arange(len(images)).repeat_interleave(per_image)
-    down, right = (torch.randint(side - 6, which.shape, generator=generator) for side in images.shape[-2:])
-    return images.unfold(2, 7, 1).unfold(3, 7, 1)[which, :, down, right].permute(0, 2, 3, 1)
-
-
 def sliced_distance(one: Tensor, other: Tensor, directions: int = 256) -> float:
     """Sliced Wasserstein-1 distance of two sets of N points (N, d): the mean over random directions."""
     lines = F.normalize(torch.randn(one.shape[1], directions, generator=torch.Generator().manual_seed(0)), dim=0)
@@ -299,96 +285,87 @@ def sliced_distance(one: Tensor, other: Tensor, directions: int = 256) -> float:
 
 
 def sliced_wasserstein(real: Tensor, fake: Tensor, per_image: int = 16) -> float:
-    """Sliced Wasserstein distance of uint8 images (N, C, H, W), mean over the levels of the pyramid, times 1,000.
+    """Distance of random 7x7 patches of uint8 images (N, C, H, W), mean over the pyramid's levels, times 1,000.
 
     Both sides are standardised by the real patches' mean and deviation of each channel. Karras et al. (2018,
     arXiv 1710.10196, section 5) standardise each by its own, which forgives a lack of contrast in details: blur.
     """
     count = min(len(real), len(fake), NEIGHBOURHOODS)
+    which = torch.arange(count).repeat_interleave(per_image)
     generator, distances = torch.Generator().manual_seed(0), []
-    pyramids = [laplacian_pyramid(common.to_unit(images[:count])) for images in (real, fake)]
-    for levels in zip(*pyramids):
-        one, other = (patches(level, per_image, generator) for level in levels)
-        mean, deviation = one.mean((0, 1, 2)), one.std((0, 1, 2)).clamp(min=1e-8)
-        distances.append(sliced_distance(*(((side - mean) / deviation).flatten(1) for side in (one, other))))
+    for levels in zip(*(laplacian_pyramid(common.to_unit(images[:count])) for images in (real, fake))):
+        sides = []
+        for level in levels:
+            down, right = (torch.randint(side - 6, which.shape, generator=generator) for side in level.shape[-2:])
+            patches = level.unfold(2, 7, 1).unfold(3, 7, 1)[which, :, down, right]  # (count * per_image, C, 7, 7)
+            sides.append(patches.permute(0, 2, 3, 1))
+        mean, deviation = sides[0].mean((0, 1, 2)), sides[0].std((0, 1, 2)).clamp(min=1e-8)
+        distances.append(sliced_distance(*(((side - mean) / deviation).flatten(1) for side in sides)))
     return 1000 * statistics.fmean(distances)
 
 
-# ------------------------------------------------------------------------------------- the reals and the runs
+# -------------------------------------------------------------------------------------------------- the table
 
 
-class Reals(NamedTuple):
-    """What the samples of one data set are measured against."""
+class Reals:
+    """What the samples of one data set are measured against, and the rows of its table, the floor first.
 
-    name: str
-    images: Tensor  # test images uint8 (N, C, H, W) in random order; of a folder, one half of the images
-    floor: common.Data  # training images in random order, at most SAMPLES; of a folder, the other half
-    judge: Judge
-    features: Tensor  # of the images, float64 (N, 128)
-    shares: Tensor | None  # of the classes, as the judge sees them
-    accuracy: float | None  # of the judge on the test images
-    texture: tuple[float, float]  # slope and speckle of the images
+    A row holds "run", "pictures" and figures. UserError when the data is absent or has under 20 images.
+    """
 
+    def __init__(self, dataset: str, size: int | None, data_dir: str, compute: common.Compute):
+        self.name, self.device = Path(dataset).name + (f"-{size}" if size else ""), compute.device
+        train = common.load_data(dataset, data_dir, size=size)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(train.images), generator=generator)
+        if len(order) < 20:
+            raise common.UserError(f"{dataset} has {len(order)} images: too few to compare with")
+        self.judge = load_judge(self.name, train, data_dir, compute)
+        self.shares = self.accuracy = None  # of the classes, as the judge sees them; of the judge on the test images
+        if train.labels is None:
+            test, picked, order = train, order[: len(order) // 2], order[len(order) // 2 :]
+        else:
+            test = common.load_data(dataset, data_dir, train=False)
+            picked = torch.randperm(len(test.images), generator=generator)
+        picked, order = picked[:SAMPLES], order[:SAMPLES]
+        self.images = test.images[picked]  # uint8 (N, C, H, W)
+        self.texture = texture(self.images)
+        self.features, classes = self.judge.look(self.images, self.device)  # (N, 128), (N,)
+        self.shares, self.accuracy, kind = None, None, "images"
+        if test.labels is not None:
+            self.shares = classes.bincount(minlength=10).clamp(min=1) / len(classes)  # as the judge sees them
+            self.accuracy = (classes == test.labels[picked]).double().mean().item()  # of the judge
+            kind = f"test images, {self.accuracy:.2%} known to the judge"
+        self.title = f"{self.name}: measured against {len(self.images):,} {kind}"
+        self.floor = common.Data(*(part if part is None else part[order] for part in train))
+        pictures = list(self.floor.images[:20])
+        self.rows = [{"run": "real images", "pictures": pictures} | self.measure(*self.floor)]
 
-def load_reals(dataset: str, size: int | None, data_dir: str, compute: common.Compute) -> Reals:
-    """Test images, floor and judge of a data set. Raises UserError when the data is absent or has under 20 images."""
-    name = Path(dataset).name + (f"-{size}" if size else "")
-    train = common.load_data(dataset, data_dir, size=size)
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(train.images), generator=generator)
-    if len(order) < 20:
-        raise common.UserError(f"{dataset} has {len(order)} images: too few to compare with")
-    judge = load_judge(name, train, data_dir, compute)
-    shares = accuracy = None
-    if train.labels is None:
-        half = len(order) // 2
-        images, floor = train.images[order[:half][:SAMPLES]], common.Data(train.images[order[half:][:SAMPLES]], None)
-        features, _ = judge.look(images, compute.device)
-    else:
-        test = common.load_data(dataset, data_dir, train=False)
-        picked = torch.randperm(len(test.images), generator=generator)[:SAMPLES]
-        images, floor = test.images[picked], common.Data(*(part[order[:SAMPLES]] for part in train))
-        features, classes = judge.look(images, compute.device)
-        shares = classes.bincount(minlength=10).clamp(min=1) / len(classes)
-        accuracy = (classes == test.labels[picked]).double().mean().item()
-    return Reals(name, images, floor, judge, features, shares, accuracy, texture(images))
+    def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
+        """All figures of samples, uint8 (N, C, H, W), that need nothing else; labels (N,) are the classes asked for."""
+        features, classes = self.judge.look(images, self.device)
+        few = min(len(features), len(self.features), NEIGHBOURHOODS)
+        distance = frechet_distance(self.features, features) / self.features.var(0).sum().item()
+        precision, recall = precision_and_recall(self.features[:few].float(), features[:few].float())
+        figures = {"Frechet": 100 * distance, "precision": precision, "recall": recall}
+        if self.shares is not None:
+            shares = classes.bincount(minlength=len(self.shares)) / len(classes)
+            figures["classes"], figures["KL [nats]"] = class_figures(shares, self.shares)
+        else:
+            figures["Wasserstein"] = sliced_wasserstein(self.images, images)
+        slope, speckle = texture(images)
+        figures["sharpness"], figures["noise"] = slope / self.texture[0], speckle / max(self.texture[1], 1e-12)
+        if labels is not None:
+            figures["agreement"] = (classes == labels).double().mean().item()
+        return figures
 
 
 class Run(NamedTuple):
     name: str
     dataset: str
-    size: int | None
+    size: int | None  # of the images of a folder
     sampler: common.Sampler
     figures: dict[str, float]  # what is known without measuring
-
-
-def load_run(folder: str | Path, device: torch.device) -> Run:
-    """A run from its folder. UserError when it has no checkpoint, or one that is damaged or of no script here."""
-    folder = Path(folder)
-    if not (folder / "checkpoint.pt").is_file():
-        raise common.UserError(f"{folder} holds no run: there is no checkpoint.pt in it")
-    checkpoint = common.load_checkpoint(folder)
-    script, options = checkpoint["script"], checkpoint["options"]
-    # The checkpoint may be anybody's: it may name no code but the scripts beside this one.
-    if not isinstance(script, str) or script not in scripts():
-        raise common.UserError(f"{folder} is a run of {script!r}: there is no such script here")
-    try:
-        sampler = importlib.import_module(script).load_sampler(checkpoint, device)
-        history, dataset = checkpoint["history"], str(options["dataset"])
-        figures = {
-            "parameters": sampler.parameters,
-            "epochs": len(history),
-            "minutes": sum(row["seconds"] for row in history) / 60,
-            "images/s": statistics.median(row["images per second"] for row in history),
-        }
-        if len(history) < options["epochs"]:
-            figures["epochs asked"] = options["epochs"]
-        size = None if dataset in common.LABELLED else options["image_size"]
-        return Run(folder.resolve().name, dataset, size, sampler, figures)
-    except common.UserError as error:
-        raise common.UserError(f"{folder}: {error}") from error
-    except Exception as error:  # a damaged checkpoint raises whatever its contents lead to
-        raise common.UserError(f"{folder}: the checkpoint is damaged ({type(error).__name__}: {error})") from error
 
 
 def scripts() -> set[str]:
@@ -397,84 +374,63 @@ def scripts() -> set[str]:
     return {file.stem for file in files if "\ndef load_sampler(" in file.read_text(encoding="utf-8")}
 
 
-def measure(images: Tensor, labels: Tensor | None, reals: Reals, device: torch.device) -> dict[str, float]:
-    """All figures of samples, uint8 (N, C, H, W), that need nothing but them; labels (N,) are the classes asked for."""
-    features, classes = reals.judge.look(images, device)
-    few = min(len(features), len(reals.features), NEIGHBOURHOODS)
-    variance = reals.features.var(0).sum().item()
-    figures = {"Frechet": 100 * frechet_distance(reals.features, features) / variance}
-    figures["precision"], figures["recall"] = precision_and_recall(reals.features[:few].float(), features[:few].float())
-    if reals.shares is not None:
-        shares = classes.bincount(minlength=len(reals.shares)) / len(classes)
-        figures["classes"], figures["KL [nats]"] = class_figures(shares, reals.shares)
-    else:
-        figures["Wasserstein"] = sliced_wasserstein(reals.images, images)
-    slope, speckle = texture(images)
-    figures["sharpness"], figures["noise"] = slope / reals.texture[0], speckle / max(reals.texture[1], 1e-12)
-    if labels is not None:
-        figures["agreement"] = (classes == labels).double().mean().item()
-    return figures
+def load_run(folder: str | Path, device: torch.device) -> Run:
+    """A run from its folder. UserError when it has no checkpoint, or one that is damaged or of no script here."""
+    folder = Path(folder)
+    if not (folder / "checkpoint.pt").is_file():
+        raise common.UserError(f"{folder} holds no run: there is no checkpoint.pt in it")
+    checkpoint = common.load_checkpoint(folder)
+    script, options, history = (checkpoint[name] for name in ("script", "options", "history"))
+    # The checkpoint may be anybody's: it may name no code but the scripts beside this one.
+    if not isinstance(script, str) or script not in scripts():
+        raise common.UserError(f"{folder} is a run of {script!r}: there is no such script here")
+    try:
+        sampler = importlib.import_module(script).load_sampler(checkpoint, device)
+        minutes = sum(row["seconds"] for row in history) / 60
+        rate = statistics.median(row["images per second"] for row in history)
+        figures = {"parameters": sampler.parameters, "epochs": len(history), "minutes": minutes, "images/s": rate}
+        if len(history) < options["epochs"]:
+            figures["epochs asked"] = options["epochs"]
+        dataset = str(options["dataset"])
+        size = None if dataset in common.LABELLED else options["image_size"]
+        return Run(folder.resolve().name, dataset, size, sampler, figures)
+    except Exception as error:  # a damaged checkpoint raises whatever its contents lead to
+        raise common.UserError(f"{folder}: the checkpoint is damaged ({type(error).__name__}: {error})") from error
 
 
-def walk(sampler: common.Sampler, device: torch.device) -> Tensor:
-    """Images on walks between random latents, of one class each: uint8 (WALKS, STEPS + 1, C, H, W)."""
-    start, end = torch.randn(2, WALKS, sampler.latent_size, generator=torch.Generator().manual_seed(1))
-    pictures = []
-    for i, path in enumerate(interpolate(start, end, STEPS + 1)):  # (STEPS + 1, latent_size)
-        labels = torch.full((len(path),), i % sampler.classes, device=device) if sampler.classes else None
-        pictures.append(common.to_bytes(sampler.generate(path.to(device), labels)))
-    return torch.stack(pictures)
-
-
-def measure_run(run: Run, reals: Reals, count: int, device: torch.device) -> dict:
+def measure_run(run: Run, reals: Reals, count: int) -> dict:
     """A run's row of the table: its figures, and as pictures twelve samples, then a walk in eight."""
-    chunks, progress = [], common.Progress(count, f"samples of {run.name}")
-    for chunk in common.draw(run.sampler, count, 0, device):
+    sampler, chunks, progress = run.sampler, [], common.Progress(count, f"samples of {run.name}")
+    for chunk in common.draw(sampler, count, 0, reals.device):
         chunks.append(chunk)
         progress.update(sum(len(images) for images, _ in chunks))
-    images = torch.cat([images for images, _ in chunks])
-    labels = torch.cat([labels for _, labels in chunks]) if run.sampler.classes else None
-    walks = walk(run.sampler, device)
-    features, _ = reals.judge.look(walks.flatten(0, 1), device)
-    row = run.figures | measure(images, labels, reals, device)
+    images, labels = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*chunks))
+    start, end = torch.randn(2, WALKS, sampler.latent_size, generator=torch.Generator().manual_seed(1))
+    walks = []
+    for i, path in enumerate(interpolate(start, end, STEPS + 1).to(reals.device)):  # (STEPS + 1, latent_size)
+        one_class = torch.full((len(path),), i % sampler.classes, device=reals.device) if sampler.classes else None
+        walks.append(common.to_bytes(sampler.generate(path, one_class)))
+    features, _ = reals.judge.look(torch.cat(walks), reals.device)
+    row = {"run": run.name, **run.figures, **reals.measure(images, labels)}
     row["walk"] = evenness(features.view(WALKS, STEPS + 1, -1))
-    if run.sampler.evaluate is not None:
+    if sampler.evaluate is not None:
         common.seed_everything(0)
-        row["ELBO [nats]"] = next(iter(run.sampler.evaluate(reals.images, 1).values()))
-        elbo, bound = run.sampler.evaluate(reals.images[:BOUND_IMAGES]).values()
+        row["ELBO [nats]"] = next(iter(sampler.evaluate(reals.images, 1).values()))
+        elbo, bound = sampler.evaluate(reals.images[:BOUND_IMAGES]).values()
         row["bound [nats]"] = row["ELBO [nats]"] + bound - elbo
-    pictures = [*images[:12], *walks[1, torch.linspace(0, STEPS, 8).long()]]
-    return {"run": run.name, "pictures": pictures} | row
+    row["pictures"] = [*images[:12], *walks[1][torch.linspace(0, STEPS, 8).long()]]
+    return row
 
 
-# ------------------------------------------------------------------------------------------------- the report
-
-
-class Table(NamedTuple):
-    """All runs on one data set. A row holds "run", "pictures" and figures; over seeds also "FIGURE deviation"."""
-
-    reals: Reals
-    rows: list[dict]  # the floor first
-
-    def title(self) -> str:
-        if self.reals.accuracy is None:
-            return f"{self.reals.name}: measured against {len(self.reals.images):,} images"
-        known = f"{self.reals.accuracy:.2%} known to the judge"
-        return f"{self.reals.name}: measured against {len(self.reals.images):,} test images, {known}"
-
-
-def compare(runs: list[Run], args: Namespace, compute: common.Compute) -> list[Table]:
+def compare(runs: list[Run], args: Namespace, compute: common.Compute) -> list[Reals]:
     """Measure runs: a table for each data set among them."""
-    tables: dict[tuple, Table] = {}
+    tables: dict[tuple, Reals] = {}
     for i, run in enumerate(runs, start=1):
-        if (run.dataset, run.size) not in tables:
-            reals = load_reals(run.dataset, run.size, args.data_dir, compute)
-            floor = {"run": "real images", "pictures": list(reals.floor.images[:20])}
-            floor |= measure(reals.floor.images, reals.floor.labels, reals, compute.device)
-            tables[run.dataset, run.size] = Table(reals, [floor])
-        table = tables[run.dataset, run.size]
+        key = run.dataset, run.size
+        if key not in tables:
+            tables[key] = Reals(*key, args.data_dir, compute)
         print(f"compare: measuring {run.name}, {i} of {len(runs)}", flush=True)
-        table.rows.append(measure_run(run, table.reals, args.samples, compute.device))
+        tables[key].rows.append(measure_run(run, tables[key], args.samples))
     return list(tables.values())
 
 
@@ -510,18 +466,19 @@ def panel(row: dict) -> tuple[str, Image.Image]:
     return caption.replace("±", "+-"), common.to_picture(torch.cat([samples, gap, walked], dim=2))
 
 
-def report(tables: list[Table], args: Namespace) -> None:
+def report(tables: list[Reals], args: Namespace) -> None:
     """Print the tables and write them, with the picture, to PREFIX.md, .csv, .json and .png."""
-    text = "\n".join(f"{table.title()}\n\n{lay_out(table.rows)}\n" for table in tables)
+    text = "\n".join(f"{table.title}\n\n{lay_out(table.rows)}\n" for table in tables)
     print(f"\n{text}")
-    rows = [{"dataset": table.reals.name} | row for table in tables for row in table.rows]
-    common.write_picture(f"{args.to}.png", common.label_panels([panel(row) for row in rows], columns=1))
+    panels = [panel(row) for table in tables for row in table.rows]
+    common.write_picture(f"{args.to}.png", common.label_panels(panels, columns=1))
+    rows = [{"dataset": table.name} | row for table in tables for row in table.rows]
     rows = [{name: value for name, value in row.items() if name != "pictures"} for row in rows]
     sheet = io.StringIO()
     writer = csv.DictWriter(sheet, dict.fromkeys(["dataset", "run", *COLUMNS, *itertools.chain(*rows)]))
     writer.writeheader()
     writer.writerows(rows)
-    judges = {table.reals.name: table.reals.accuracy for table in tables}
+    judges = {table.name: table.accuracy for table in tables}
     results = dict(samples=args.samples, torch=torch.__version__, judge_accuracy=judges, rows=rows)
     for suffix, content in dict(md=text, csv=sheet.getvalue(), json=json.dumps(results, indent=1) + "\n").items():
         with common.replacing(f"{args.to}.{suffix}") as path:
@@ -540,8 +497,8 @@ class Trial(NamedTuple):
     folder: Path
 
 
-def read_options(words: list[str]) -> dict[str, list[str]]:
-    """The words behind --grid SCRIPT as options with their values: none, one or several, which make an axis."""
+def list_trials(script: str, words: list[str], repeat: int) -> list[Trial]:
+    """Every combination of the values that stand behind the options among `words`, with `repeat` seeds each."""
     options: dict[str, list[str]] = {}
     for word in words:
         name, _, value = word.partition("=")
@@ -551,31 +508,24 @@ def read_options(words: list[str]) -> dict[str, list[str]]:
             values.append(word)
         else:
             raise common.UserError(f"--grid trains its own runs: name no others; options must follow, not {word!r}")
-    return options
-
-
-def list_trials(script: str, options: dict[str, list[str]], repeat: int) -> list[Trial]:
-    """Every combination of the options' values, `repeat` seeds each. Options without a value stay as they are."""
-    for name in ("--out-dir", "--resume", "--sample", "--evaluate"):
-        if name in options:
-            raise common.UserError(f"{name} has no place in a grid, whose runs have folders and resume by themselves")
+    if options.keys() & {"--out-dir", "--resume", "--sample", "--evaluate"}:
+        raise common.UserError("--out-dir, --resume, --sample and --evaluate have no place in a grid of whole runs")
     if len(options.get("--dataset", [])) > 1:
         raise common.UserError("a grid ranks runs on one data set: give --dataset one value")
-    seeds = options.get("--seed") or ["0"]
+    seeds = options.pop("--seed", None) or ["0"]
     if repeat > 1:
         if len(seeds) > 1 or not seeds[0].isdigit():
             raise common.UserError("--repeat counts seeds up from one --seed: give a single whole number")
         seeds = [str(int(seeds[0]) + i) for i in range(repeat)]
-    axes = {name: values or [""] for name, values in options.items() if name != "--seed"}
-    varied = [name for name in axes if len(axes[name]) > 1]
     trials = []
-    for values in itertools.product(*axes.values(), seeds):
-        pairs = dict(zip([*axes, "--seed"], values))
-        label = ", ".join(f"{name[2:]} {pairs[name]}" for name in varied) or script
-        words = [word for pair in pairs.items() for word in pair if word]
+    for *values, seed in itertools.product(*(values or [""] for values in options.values()), seeds):
+        chosen = dict(zip(options, values))
+        label = ", ".join(f"{name[2:]} {chosen[name]}" for name in chosen if len(options[name]) > 1) or script
+        chosen["--seed"] = seed
         # Where the data lie and what computes do not make another run.
-        defining = [name for name in pairs if name not in ("--data-dir", "--device")]
-        parts = [f"{name[2:]}={Path(pairs[name]).name}" if pairs[name] else name[2:] for name in defining]
+        defining = [pair for pair in chosen.items() if pair[0] not in ("--data-dir", "--device")]
+        parts = [f"{name[2:]}={Path(value).name}" if value else name[2:] for name, value in defining]
+        words = [word for pair in chosen.items() for word in pair if word]
         trials.append(Trial(label, words, Path("grids", "_".join([script, *parts]))))
     return trials
 
@@ -599,12 +549,12 @@ def train_trials(script: str, trials: list[Trial]) -> list[Trial]:
     return finished
 
 
-def rank(rows: list[dict], trials: list[Trial]) -> list[dict]:
-    """The floor, then a row a combination, means and deviations over its seeds, the smallest Frechet distance first."""
+def rank(rows: list[dict]) -> list[dict]:
+    """The floor, then of each name one row of means and deviations, the smallest Frechet distance first."""
     ranked = []
-    for label in dict.fromkeys(trial.label for trial in trials):
-        seeds = [row for row, trial in zip(rows[1:], trials) if trial.label == label]
-        mean = seeds[0] | {"run": label}
+    for _, group in itertools.groupby(rows[1:], key=lambda row: row["run"]):
+        seeds = list(group)
+        mean = dict(seeds[0])
         for name in [name for name in COLUMNS if name in mean]:
             values = [float(row[name]) for row in seeds]
             mean[name] = statistics.fmean(values)
@@ -614,35 +564,25 @@ def rank(rows: list[dict], trials: list[Trial]) -> list[dict]:
     return [rows[0], *sorted(ranked, key=lambda row: row["Frechet"])]
 
 
-# ------------------------------------------------------------------------------------------- the command line
-
-
 def run(args: Namespace) -> None:
     """Measure the runs that were named, or train a grid's, rank them and print the command of the best."""
+    compute = common.choose_compute(args)
     if args.grid is None:
-        if args.repeat > 1:
-            raise common.UserError("--repeat trains: give --grid SCRIPT too")
-        if not args.words:
-            raise common.UserError("name the folders of the runs to compare: python compare.py runs/*")
         # Not all shells expand runs/*.
         folders = [folder for name in args.words for folder in sorted(glob.glob(name)) or [name]]
-    else:
-        script = args.grid.removesuffix(".py")
-        if script not in scripts():
-            raise common.UserError(f"--grid takes one of {', '.join(sorted(f'{name}.py' for name in scripts()))}")
-        options = read_options(args.words)
-        ours = {"--data-dir": args.data_dir, "--device": args.device}
-        options |= {name: [value] for name, value in ours.items() if value not in ("data", "auto")}
-        trials = train_trials(script, list_trials(script, options, args.repeat))
-        folders = [trial.folder for trial in trials]
-    compute = common.choose_compute(args)
-    tables = compare([load_run(folder, compute.device) for folder in folders], args, compute)
-    if args.grid is not None:
-        tables = [Table(tables[0].reals, rank(tables[0].rows, trials))]
-    report(tables, args)
-    if args.grid is not None:
-        best = next(trial for trial in trials if trial.label == tables[0].rows[1]["run"])
-        print(f"compare: best by Frechet distance: python {script}.py {' '.join(best.words)}")
+        report(compare([load_run(folder, compute.device) for folder in folders], args, compute), args)
+        return
+    ours = {"--data-dir": args.data_dir, "--device": args.device}
+    words = [word for pair in ours.items() if pair[1] not in ("data", "auto") for word in pair]
+    trials = train_trials(args.grid, list_trials(args.grid, args.words + words, args.repeat))
+    runs = [load_run(trial.folder, compute.device)._replace(name=trial.label) for trial in trials]
+    (table,) = compare(runs, args, compute)
+    table.rows = rank(table.rows)
+    report([table], args)
+    best = next(trial for trial in trials if trial.label == table.rows[1]["run"])
+    path = Path(__file__).with_name(f"{args.grid}.py")
+    path = path.name if path.parent == Path.cwd() else path
+    print(f"compare: best by Frechet distance: {shlex.join(['python', str(path), *best.words])}")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -658,6 +598,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes an accelerator if any")
     parser.set_defaults(script="compare", precision="auto")
     args, args.words = parser.parse_known_args(argv)
+    if args.grid is None and (args.repeat > 1 or not args.words):
+        parser.error("name the folders of the runs to compare, as runs/*, or with --grid SCRIPT what to train")
+    if args.grid is not None:
+        args.grid = args.grid.removesuffix(".py")
+        if args.grid not in scripts():
+            parser.error(f"--grid takes one of {', '.join(sorted(f'{name}.py' for name in scripts()))}")
     return args
 
 

@@ -94,7 +94,9 @@ def share_outside_products(steps: Iterator[None], seconds_a_step: float, count: 
     inside = 0.0
     for event in profile.key_averages():
         name = event.key.removeprefix("aten::").removeprefix("mkldnn_")
-        if name in PRODUCTS or name.startswith(("convolution", "_slow_conv", "mkldnn_conv", "linear_backward")):
+        if name in PRODUCTS or name.startswith(
+            ("convolution", "_convolution", "_slow_conv", "mkldnn_conv", "linear_backward")
+        ):
             inside += event.self_cpu_time_total / 1e6
     return max(0.0, 1 - inside / count / seconds_a_step)
 
