@@ -34,12 +34,14 @@ import http.client
 import io
 import ipaddress
 import json
+import math
 import os
 import random
 import re
 import shlex
 import socket
 import sqlite3
+import ssl
 import threading
 import time
 import warnings
@@ -51,32 +53,28 @@ from urllib.parse import SplitResult, quote, quote_plus, unquote, urljoin, urlsp
 from xml.etree import ElementTree
 
 import torch
-from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
+from PIL import Image, ImageOps
 
 import common
 
 AGENT = "crawl_anime"  # the name that a robots.txt can address
 USER_AGENT = f"{AGENT}/1.0 (face crops for a small generative model; at most one request a second)"
 TRIES, REDIRECTS = 5, 5
+FAILURES = 10  # without a success between them, after which the source counts as broken
+POSTS_PER_FACE = 10  # a crawl ends after this many new posts for each face asked for
 TIMEOUT, DEADLINE = 20, 120  # seconds: for one operation on a socket, and for a whole answer
 PATIENCE = 600  # seconds that a Retry-After may ask for before the crawl ends instead
 SLOWEST, GRACE = 2048, 10  # bytes a second that an answer must come at, but for its first seconds
-MAX_BYTES = 20 * 2**20
-MAX_PIXELS = 40_000_000
-POSTS_PER_FACE = 10  # a crawl ends after this many new posts for each face asked for
-FAILURES = 10  # without a success between them, after which the source counts as broken
+MAX_BYTES, MAX_PIXELS = 20 * 2**20, 40_000_000
 
 FORMATS, SUFFIXES = ["JPEG", "PNG", "WEBP", "GIF"], (".jpg", ".jpeg", ".png", ".webp", ".gif")
 RATINGS = ("general", "sensitive", "questionable", "explicit")
 FACELESS_TAGS = set("photo_(medium) 3d monochrome greyscale sketch lineart comic no_humans animated".split())
 
 CASCADE_FILE = "data/lbpcascade_animeface.xml"
-CASCADE_COMMIT = "4433ab1ae1166ea75acfe99eb0f18709dac329a0"
-CASCADE_HOST = "raw.githubusercontent.com"
-CASCADE_URL = f"https://{CASCADE_HOST}/nagadomi/lbpcascade_animeface/{CASCADE_COMMIT}/lbpcascade_animeface.xml"
+CASCADE_HOME = "https://raw.githubusercontent.com/nagadomi/lbpcascade_animeface"
+CASCADE_URL = f"{CASCADE_HOME}/4433ab1ae1166ea75acfe99eb0f18709dac329a0/lbpcascade_animeface.xml"
 CASCADE_SHA256 = "9376d30ac38db6bda2a68b88b3b76bbd7e6aa33af47f7f5c76bc88ca75f1ce30"
-
-CROP_SIZE = 256  # pixels
 DETECTION_SIZE = 1000  # larger pictures are shrunk to this, in pixels, before the detector looks
 SMALLEST_FACE = 48  # pixels of the shrunk picture: what the detector was measured with
 # A crop under these is dropped, as none to 0.3 % of 3,000 faces of the usual data set would be.
@@ -96,7 +94,7 @@ class Unusable(Exception):
 
     def __init__(self, reason: str, again: bool = False, status: int = 0):
         super().__init__(reason)
-        self.reason, self.again, self.status = reason, again, status
+        self.again, self.status = again, status
 
 
 # -------------------------------------------------------------------------------------------------- the sites
@@ -118,13 +116,14 @@ class Post(NamedTuple):
 class Site(NamedTuple):
     """A site's addresses, and what its family of APIs calls things."""
 
+    name: str
     home: str
     search: str  # path and query, with a place for the tags
     page: str  # path of a post's page, with a place for its id
-    ratings: dict[str, str]
-    before: str = ""  # what a query ends with to go on below an id; without it, a tag says so
+    ratings: dict[str, str]  # any other is questionable
+    general: str = ""  # a tag that asks for the general rating alone
     tags: str = "1girl solo"
-    general_tag: str = ""  # asks for the general rating alone
+    before: str = ""  # what a query ends with to go on below an id; without it, a tag says so
 
     def query(self, tags: str, below: int | None) -> str:
         """Paging by id instead of by number is never too deep, and posts that arrive meanwhile shift nothing."""
@@ -133,31 +132,21 @@ class Site(NamedTuple):
         return self.search.format(quote_plus(tags)) + (self.before.format(below) if below else "")
 
 
-MOEBOORU = Site(
-    "https://yande.re",
-    search="/post.json?tags={}&limit=100&page=1",
-    page="/post/show/{}",
-    ratings={"s": "general", "q": "questionable", "e": "explicit"},
-    tags="",
-    general_tag="rating:s",
+GELBOORU = "/index.php?page=dapi&s=post&q=index&json=1&limit=100&pid=0&tags={}", "/index.php?page=post&s=view&id={}"
+MOEBOORU = "/post.json?tags={}&limit=100&page=1", "/post/show/{}", {"s": "general", "e": "explicit"}, "rating:s", ""
+DANBOORU = (
+    "/posts.json?tags={}&limit=200",
+    "/posts/{}",
+    dict(zip("gsqe", RATINGS)),
+    "rating:g",
+    "1girl solo",
+    "&page=b{}",
 )
 SITES = {
-    "safebooru": Site(  # of the family of Gelbooru 0.2
-        "https://safebooru.org",
-        search="/index.php?page=dapi&s=post&q=index&json=1&limit=100&pid=0&tags={}",
-        page="/index.php?page=post&s=view&id={}",
-        ratings={"safe": "general"} | {rating: rating for rating in RATINGS},
-    ),
-    "danbooru": Site(
-        "https://danbooru.donmai.us",
-        search="/posts.json?tags={}&limit=200",
-        page="/posts/{}",
-        ratings=dict(zip("gsqe", RATINGS)),
-        before="&page=b{}",
-        general_tag="rating:g",
-    ),
-    "yandere": MOEBOORU,
-    "konachan": MOEBOORU._replace(home="https://konachan.net"),
+    "safebooru": Site("safebooru", "https://safebooru.org", *GELBOORU, {"safe": "general", **{r: r for r in RATINGS}}),
+    "danbooru": Site("danbooru", "https://danbooru.donmai.us", *DANBOORU),
+    "yandere": Site("yandere", "https://yande.re", *MOEBOORU),
+    "konachan": Site("konachan", "https://konachan.net", *MOEBOORU),
 }
 
 
@@ -166,7 +155,7 @@ def printable(text: object, length: int = 300) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text)[:length])
 
 
-def read_post(site: Site, name: str, home: str, raw: object) -> Post | None:
+def read_post(site: Site, raw: object) -> Post | None:
     """A post from its JSON, in which any field may be missing or of another type; None without an id."""
     if not isinstance(raw, dict) or not re.fullmatch(r"[1-9]\d{0,15}", str(raw.get("id")), re.ASCII):
         return None
@@ -180,60 +169,63 @@ def read_post(site: Site, name: str, home: str, raw: object) -> Post | None:
     files = {}
     for address, md5 in ((sample, ""), (original, field["md5"] or field["hash"])):  # the MD5 is the original's
         with contextlib.suppress(ValueError):  # an address that is none
-            if urlsplit(address := urljoin(home + "/", address)).path.lower().endswith(SUFFIXES):
+            if urlsplit(address := urljoin(site.home + "/", address)).path.lower().endswith(SUFFIXES):
                 files[address] = md5
-    return Post(
-        site=name,
-        id=field["id"],
-        page=home + site.page.format(field["id"]),
-        files=files,
-        artist=printable(field["tag_string_artist"]),
-        source=printable(field["source"]),
-        rating=site.ratings.get(field["rating"], "questionable"),
-        tags=frozenset((field["tag_string"] or field["tags"]).split()),
-    )
+    page, tags = site.home + site.page.format(field["id"]), (field["tag_string"] or field["tags"]).split()
+    artist, source = printable(field["tag_string_artist"]), printable(field["source"])
+    rating = site.ratings.get(field["rating"], "questionable")
+    return Post(site.name, field["id"], page, files, artist, source, rating, frozenset(tags))
 
 
-def site_posts(fetcher: Fetcher, site: Site, name: str, home: str, tags: str) -> Iterator[Post]:
+def site_posts(fetcher: Fetcher, site: Site, tags: str) -> Iterator[Post]:
     """All posts of a query, newest first, as far as the source goes."""
     below = None
     while True:
         try:
-            body = fetcher.fetch(home + site.query(tags, below), is_picture=False)
+            body = fetcher.fetch(site.home + site.query(tags, below), is_picture=False)
             page = json.loads(body) if body.strip() else []
         except Unusable as error:
-            raise SourceError(f"{home} refuses or fails: {error.reason}") from error
+            raise SourceError(f"{site.home} refuses or fails: {error}") from error
         except (ValueError, RecursionError) as error:
-            raise SourceError(f"{home} answers no JSON: it may be down, or no site of this kind") from error
+            raise SourceError(f"{site.home} answers no JSON: it may be down, or no site of this kind") from error
         if not isinstance(page, list):
             message = page.get("message") or "an object instead of a list" if isinstance(page, dict) else page
-            raise SourceError(f"{home} answers: {printable(message)}")
+            raise SourceError(f"{site.home} answers: {printable(message)}")
         if not page:
             return
-        posts = [post for raw in page if (post := read_post(site, name, home, raw))]
-        lowest = min((int(post.id) for post in posts), default=below)
-        if lowest is None or below is not None and lowest >= below:
-            raise SourceError(f"{home} gives the same posts again: it does not page by id")
+        posts = [post for raw in page if (post := read_post(site, raw))]
+        lowest = min((int(post.id) for post in posts), default=math.inf)
+        if lowest >= (below or math.inf):
+            raise SourceError(f"{site.home} gives the same posts again: it does not page by id")
         yield from posts
         below = lowest
 
 
-def listed_posts(path: str) -> Iterator[Post]:
-    """A file's addresses, one a line; empty lines and those that start with # are skipped."""
-    for line in Path(path).read_text("utf-8", "replace").splitlines():
-        if (line := line.strip()) and not line.startswith("#"):
-            yield Post("url", digest(line.encode()), printable(line, 2000), {line: ""})
+def find_posts(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[Post]]:
+    """Who fetches the pictures, unless they are on this disk, and all that the options ask for."""
 
+    def name(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()[:16]
 
-def disk_posts(folder: Path, target: Path) -> Iterator[Post]:
-    """The pictures in a folder and those below it, but for the crops themselves."""
-    for path in sorted(folder.resolve().rglob("*")):
-        if path.suffix.lower() in SUFFIXES and target.resolve() not in path.parents and path.is_file():
-            yield Post("file", digest(os.fsencode(path)), path.as_uri(), {str(path): ""})
-
-
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+    if args.from_dir:
+        files = (path for path in sorted(Path(args.from_dir).resolve().rglob("*")) if path.suffix.lower() in SUFFIXES)
+        pictures = [path for path in files if Path(args.to).resolve() not in path.parents and path.is_file()]
+        return None, [Post("file", name(os.fsencode(path)), path.as_uri(), {str(path): ""}) for path in pictures]
+    if args.urls:
+        lines = [line.strip() for line in Path(args.urls).read_text("utf-8", "replace").splitlines()]
+        lines = [line for line in lines if line and not line.startswith("#")]
+        hosts = {host.lower() for line in lines for host in re.findall("^https://([^/:?#]+)", line, re.IGNORECASE)}
+        posts = [Post("url", name(line.encode()), printable(line, 2000), {line: ""}) for line in lines]
+        return Fetcher(hosts, args.base_url, args.delay), posts
+    site = SITES[args.site]
+    hosts = {urlsplit(site.home).hostname.removeprefix("danbooru.")}  # Danbooru's files are on cdn.donmai.us
+    if args.base_url:
+        host = urlsplit(args.base_url).hostname
+        hosts, site = set(), site._replace(name=re.sub(r"[^a-z0-9.]", "_", host), home=args.base_url)
+    tags = site.tags if args.tags is None else args.tags
+    tags = f"{tags} {site.general if args.rating == ['general'] else ''}".strip()
+    fetcher = Fetcher(hosts, args.base_url, args.delay)
+    return fetcher, site_posts(fetcher, site, tags)
 
 
 # ----------------------------------------------------------------------------------------- fetching, politely
@@ -242,16 +234,16 @@ def digest(data: bytes) -> str:
 class Fetcher:
     """Gets files under the rules of manners and safety, one request at a time.
 
-    `domains` are the source's own hosts; `base_url` names one more, which the user vouches for. `delay` is
-    the time between the starts of two requests to a host, in seconds.
+    `hosts` are the source's own, with all below them; `base_url` names one more, which the user vouches for.
+    `delay` is the time between the starts of two requests to a host, in seconds.
     """
 
-    def __init__(self, domains: set[str], base_url: str | None, delay: float):
-        self.domains, self.delay, self.bytes = domains, delay, 0
+    def __init__(self, hosts: set[str], base_url: str | None, delay: float):
+        self.hosts, self.delay, self.bytes = hosts, delay, 0
         self.trusted = origin(urlsplit(base_url)) if base_url else None
         self.pace = collections.defaultdict(lambda: delay)  # seconds between two starts, by host
         self.next_start = collections.defaultdict(float)
-        self.robots: dict[tuple, list[tuple[bool, str]]] = {}
+        self.robots_files: dict[str, str] = {}
 
     def fetch(self, address: str, is_picture: bool = True) -> bytes:
         """The body at an address. Raises Unusable, and SourceError for what ends the crawl.
@@ -271,7 +263,7 @@ class Fetcher:
     def follow(self, address: str, is_picture: bool) -> bytes:
         for _ in range(1 + REDIRECTS):
             parts = self.check(address)
-            if is_picture and not allowed(self.robots_rules(parts), parts):
+            if is_picture and not allowed(self.robots(parts), parts):
                 raise Unusable("robots.txt")
             answer = self.get(parts, is_picture)
             if isinstance(answer, bytes):
@@ -292,7 +284,7 @@ class Fetcher:
         if (scheme, host, port) != self.trusted:
             if scheme != "https" or port != 443 or "@" in parts.netloc:
                 raise Unusable("not an https address")
-            if not any(host == domain or host.endswith("." + domain) for domain in self.domains):
+            if not any(f".{host}".endswith(f".{own}") for own in self.hosts):
                 raise Unusable("on a foreign host")
         return parts
 
@@ -300,7 +292,7 @@ class Fetcher:
         """One request: the body, or where a redirect leads."""
         time.sleep(max(0.0, self.next_start[parts.hostname] - time.monotonic()))
         self.next_start[parts.hostname] = time.monotonic() + self.pace[parts.hostname]
-        target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        target = quote((parts.path or "/") + ("?" + parts.query if parts.query else ""), safe="/%:@!$&'()*+,;=~?[]")
         headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
         try:
             with contextlib.ExitStack() as stack:
@@ -308,10 +300,8 @@ class Fetcher:
                 started, alarm = time.monotonic(), threading.Timer(DEADLINE, hang_up, [connection.sock])
                 stack.callback(alarm.cancel)
                 alarm.start()
-                connection.request("GET", quote(target, safe="/%:@!$&'()*+,;=~?[]"), headers=headers)
-                response = stack.enter_context(connection.getresponse())
-                redirect = self.judge(response, parts.hostname, is_picture)
-                answer = self.read(response) if redirect is None else redirect
+                connection.request("GET", target, headers=headers)
+                answer = self.read(stack.enter_context(connection.getresponse()), parts.hostname, is_picture)
                 if time.monotonic() - started >= DEADLINE:  # what the alarm cut short can look whole
                     raise Unusable("too slow", again=True)
                 return answer
@@ -321,20 +311,25 @@ class Fetcher:
             raise Unusable(f"no answer ({type(error).__name__})", again=True) from error
 
     def connect(self, parts: SplitResult) -> http.client.HTTPConnection:
-        """Connecting looks the name up once more: should it lead elsewhere by then, no certificate fits there."""
+        """A connection to the very address that was checked: looked up again, the name could lead elsewhere."""
         scheme, host, port = origin(parts)
-        if (scheme, host, port) != self.trusted:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            addresses = [ipaddress.ip_address(entry[4][0]) for entry in found]
-            if not all(address.is_global and not address.is_multicast for address in addresses):
-                raise Unusable("on a private network")
-        family = http.client.HTTPConnection if scheme == "http" else http.client.HTTPSConnection
-        connection = family(host, port, timeout=TIMEOUT)
-        connection.connect()
+        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        public = [address.is_global and not address.is_multicast for address in map(ipaddress.ip_address, found)]
+        if (scheme, host, port) != self.trusted and not all(public):
+            raise Unusable("on a private network")
+        connection = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[scheme](host, port)
+        for address in found:
+            with contextlib.suppress(OSError):
+                connection.sock = socket.create_connection((address, port), TIMEOUT)
+                break
+        else:
+            raise ConnectionError
+        if scheme == "https":
+            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
         return connection
 
-    def judge(self, response: http.client.HTTPResponse, host: str, is_picture: bool) -> str | None:
-        """Where a redirect leads, or None if the body is worth reading."""
+    def read(self, response: http.client.HTTPResponse, host: str, is_picture: bool) -> bytes | str:
+        """The body, as far as the status and the headers allow it, or where a redirect leads."""
         status, headers = response.status, response.headers
         if status in (301, 302, 303, 307, 308):
             return headers.get("Location", "")
@@ -343,26 +338,21 @@ class Fetcher:
         if status in (421, 429, 503):
             self.pace[host] = max(self.delay, min(60, 2 * self.pace[host]))
             self.hold(host, retry_after(headers.get("Retry-After", "")))
-        if status in (408, 421, 429) or status >= 500:
-            raise Unusable(f"HTTP {status}", again=True, status=status)
         if status != 200:
             reason = f"HTTP {status}"
             if not is_picture:
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # none is given
                     reason += f": {printable(json.loads(response.read(2000))['message'])}"
-            raise Unusable(reason, status=status)
+            raise Unusable(reason, again=status in (408, 421, 429) or status >= 500, status=status)
         self.pace[host] = max(self.delay, 0.95 * self.pace[host])
         if headers.get("Content-Encoding", "identity").lower() != "identity":
             raise Unusable("compressed, though not asked for")
-        if is_picture:
-            robots = " ".join(headers.get_all("X-Robots-Tag", []))
-            if re.search(r"\b(noai|noimageai|noml)\b", robots, re.IGNORECASE) or headers.get("TDM-Reservation") == "1":
-                raise Unusable("not for training (X-Robots-Tag)")
-            if not re.match(r"image/|application/octet-stream", headers.get("Content-Type", "image/"), re.IGNORECASE):
-                raise Unusable("not a picture")
-        return None
-
-    def read(self, response: http.client.HTTPResponse) -> bytes:
+        robots = " ".join(headers.get_all("X-Robots-Tag", [])) + " noai" * (headers.get("TDM-Reservation") == "1")
+        if is_picture and re.search(r"\b(noai|noimageai|noml)\b", robots, re.IGNORECASE):
+            raise Unusable("not for training (X-Robots-Tag)")
+        kind = headers.get("Content-Type", "image/")
+        if is_picture and not re.match(r"image/|application/octet-stream", kind, re.IGNORECASE):
+            raise Unusable("not a picture")
         size, body, started = response.length or 0, bytearray(), time.monotonic()
         while size <= MAX_BYTES and (chunk := response.read1(65536)):
             body += chunk
@@ -384,22 +374,21 @@ class Fetcher:
             raise SourceError(f"{host} asks for a long pause ({minutes}): the same command goes on later")
         self.next_start[host] = max(self.next_start[host], time.monotonic() + seconds)
 
-    def robots_rules(self, parts: SplitResult) -> list[tuple[bool, str]]:
-        """What an origin's robots.txt says: nothing if there is none, no to all if it can't be had."""
-        key = origin(parts)
-        if key not in self.robots:
+    def robots(self, parts: SplitResult) -> str:
+        """A host's robots.txt, or what stands for one that isn't there or can't be had (RFC 9309, 2.3.1)."""
+        address = f"{parts.scheme}://{parts.netloc}/robots.txt"
+        if address not in self.robots_files:
             try:
-                body = self.fetch(f"{parts.scheme}://{parts.netloc}/robots.txt", is_picture=False)
-                self.robots[key] = read_robots(body[: 500 * 1024].decode("utf-8-sig", "replace"))
-            except Unusable as error:  # RFC 9309, 2.3.1.3 and 2.3.1.4
-                self.robots[key] = [] if 400 <= error.status < 500 and not error.again else [(False, "/")]
-        return self.robots[key]
+                body = self.fetch(address, is_picture=False)[: 500 * 1024].decode("utf-8-sig", "replace")
+            except Unusable as error:
+                body = "" if 400 <= error.status < 500 and not error.again else "User-agent: *\nDisallow: /"
+            self.robots_files[address] = body
+        return self.robots_files[address]
 
 
 def origin(parts: SplitResult) -> tuple[str, str, int]:
     """Scheme, host and port. Raises ValueError."""
-    port = parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
-    return parts.scheme, (parts.hostname or "").rstrip("."), port
+    return parts.scheme, parts.hostname or "", parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
 
 
 def hang_up(connected: socket.socket) -> None:
@@ -410,43 +399,35 @@ def hang_up(connected: socket.socket) -> None:
 
 def retry_after(text: str) -> float:
     """Seconds that a Retry-After of either form asks for; 0 without one."""
-    try:
-        if text.strip().isdecimal():
-            return float(text)
+    with contextlib.suppress(ValueError):
+        return float(text)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         return parsedate_to_datetime(text).timestamp() - time.time()
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
+    return 0.0
 
 
-def read_robots(text: str) -> list[tuple[bool, str]]:
-    """The (allow, pattern) rules of the groups for this program, else of those for all (RFC 9309, 2.2)."""
-    groups: dict[str, list] = {}
-    agents, in_rules = [], False
-    for line in text.splitlines():
+def allowed(robots: str, parts: SplitResult) -> bool:
+    """Whether a robots.txt lets this program, or else all programs, fetch an address (RFC 9309, 2.2).
+
+    The longest rule that matches holds, of two equally long ones the friendlier. A rule matches the beginning of
+    a path; a * in it is anything, and a $ at its end is the path's end.
+    """
+    rules, agents, in_rules = [], [], False
+    for line in robots.splitlines():
         key, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
         if key.lower() == "user-agent":
             agents = ([] if in_rules else agents) + [value.partition("/")[0].lower()]
+            rules.append((agents[-1], True, ""))  # without any other, all is allowed
             in_rules = False
-            groups.setdefault(agents[-1], [])
         elif key.lower() in ("allow", "disallow"):
+            rules += [(agent, key.lower() == "allow", unquote(value)) for agent in agents if value]
             in_rules = True
-            for agent in agents if value else []:
-                groups[agent].append((key.lower() == "allow", value))
-    return groups.get(AGENT, groups.get("*", []))
-
-
-def allowed(rules: list[tuple[bool, str]], parts: SplitResult) -> bool:
-    """Whether the longest rule that matches allows a path; of two equally long ones the friendlier holds.
-
-    A pattern matches the beginning of a path; a * in it is anything, and a $ at its end is the path's end.
-    """
     path = unquote(parts.path or "/") + ("?" + unquote(parts.query) if parts.query else "")
     longest = (0, True)
-    for allow, pattern in rules:
-        wildcards = re.sub(r"[?[]", r"[\g<0>]", unquote(pattern))  # fnmatch would give these two a meaning
-        wildcards = wildcards.removesuffix("$") if wildcards.endswith("$") else wildcards + "*"
+    for _, allow, rule in [rule for rule in rules if rule[0] == AGENT] or [rule for rule in rules if rule[0] == "*"]:
+        wildcards = (re.sub(r"[?[]", r"[\g<0>]", rule) + "*").removesuffix("$*")  # fnmatch has a meaning for ? and [
         if fnmatch.fnmatchcase(path, wildcards):
-            longest = max(longest, (len(unquote(pattern)), allow))
+            longest = max(longest, (len(rule), allow))
     return longest[1]
 
 
@@ -462,14 +443,9 @@ class Stage(NamedTuple):
     threshold: float
 
 
-class Cascade(NamedTuple):
-    window: int  # side, in pixels
-    stages: list[Stage]
-
-
 @functools.lru_cache(maxsize=1)
-def read_cascade(path: str) -> Cascade:
-    """An OpenCV cascade of LBP stumps from its XML file. Raises UserError."""
+def read_cascade(path: str) -> tuple[int, list[Stage]]:
+    """The window's side in pixels and the stages of an OpenCV cascade's XML file. Raises UserError."""
     try:
         root = ElementTree.parse(path).getroot().find("cascade")
         rectangles = torch.tensor([[int(n) for n in r.text.split()] for r in root.iterfind("features/_/rect")])
@@ -483,28 +459,30 @@ def read_cascade(path: str) -> Cascade:
             votes = torch.where(inside, leaves[:, :1], leaves[:, 1:]).double()
             threshold = float(stage.findtext("stageThreshold")) - 1e-5  # OpenCV's own slack
             stages.append(Stage(top + steps * height, left + steps * width, votes, threshold))
-        return Cascade(int(root.findtext("width")), stages)
+        return int(root.findtext("width")), stages
     except (OSError, ElementTree.ParseError, AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise common.UserError(f"{path} can't be read as a cascade of LBP stumps: {error}") from error
 
 
-def find_faces(image: Image.Image, cascade: Cascade, smallest: int) -> list[tuple[int, int, int]]:
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """int32 (H, W, 3), or (H, W, 1) of a grey image, in 0..255."""
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, -1).int()
+
+
+def find_faces(image: Image.Image, cascade: tuple[int, list[Stage]], smallest: int) -> list[tuple[int, int, int]]:
     """Left, top and side of the faces of an RGB image, in pixels, none smaller than `smallest`."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
     weights = torch.tensor([4899, 9617, 1868], dtype=torch.int32)  # OpenCV's, of a sum of 2^14
-    grey = ((pixels * weights).sum(2, dtype=torch.int32) + 8192) >> 14  # (H, W)
+    grey = ((to_tensor(image) * weights).sum(2, dtype=torch.int32) + 8192) >> 14  # (H, W)
     return merge(find_windows(equalize(grey), cascade, smallest))
 
 
 def equalize(grey: torch.Tensor) -> torch.Tensor:
     """Histogram equalisation as OpenCV's: int32 (H, W) in 0..255, in and out."""
     counts = grey.flatten().bincount(minlength=256)
-    first = int(counts.nonzero()[0])
-    rest = grey.numel() - int(counts[first])
-    if rest == 0:
-        return grey
-    counts[: first + 1] = 0
-    return (counts.cumsum(0).float() * (255 / rest)).round().int()[grey]
+    counts[: grey.min() + 1] = 0
+    rest = int(counts.sum())  # pixels that are not the darkest
+    return (counts.cumsum(0).float() * (255 / rest)).round().int()[grey] if rest else grey
 
 
 def shrink(grey: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -521,47 +499,47 @@ def shrink(grey: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return (rows[top] * (256 - down)[:, None] + rows[bottom] * down[:, None] + 32768) >> 16  # (height, width)
 
 
-def find_windows(grey: torch.Tensor, cascade: Cascade, smallest: int) -> list[tuple[int, int, int]]:
+def find_windows(grey: torch.Tensor, cascade: tuple[int, list[Stage]], smallest: int) -> list[tuple[int, int, int]]:
     """The windows that pass every stage, at all scales 1.1^k: left, top and side in pixels of `grey`."""
-    height, width = grey.shape
-    scales = [1.1**k for k in range(200) if smallest <= round(cascade.window * 1.1**k) <= min(height, width)]
+    (height, width), (window, stages) = grey.shape, cascade
+    scales = [1.1**k for k in range(200) if smallest <= round(window * 1.1**k) <= min(height, width)]
     if not scales:
         return []
-    levels = [shrink(grey, round(height / scale), round(width / scale)) for scale in scales]
     # All levels lie one below the other on one canvas with one integral image: a stage runs once over all.
+    levels = [shrink(grey, round(height / scale), round(width / scale)) for scale in scales]
     stride = levels[0].shape[1] + 1
     tops = torch.tensor([0] + [len(level) for level in levels]).cumsum(0)
     canvas = torch.zeros(int(tops[-1]) + 1, stride, dtype=torch.int32)
-    windows = []  # each the place of its top left corner in the flat canvas
+    places = []  # of the windows' top left corners in the flat canvas
     for scale, level, top in zip(scales, levels, tops.tolist()):
         canvas[top + 1 : top + 1 + level.shape[0], 1 : 1 + level.shape[1]] = level
         step = 1 if scale >= 2 else 2
-        y, x = (torch.arange(0, side - cascade.window + 1, step, dtype=torch.int32) for side in level.shape)
-        windows.append(((top + y)[:, None] * stride + x).flatten())
-    windows = torch.cat(windows)
+        y, x = (torch.arange(0, side - window + 1, step, dtype=torch.int32) for side in level.shape)
+        places.append(((top + y)[:, None] * stride + x).flatten())
+    places = torch.cat(places)
     integral = canvas.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32).flatten()
-    for stage in cascade.stages:
-        windows = windows[stage_sums(stage, integral, stride, windows) >= stage.threshold]
-    y, x = windows // stride, windows % stride
+    for stage in stages:
+        places = places[stage_sums(stage, integral, stride, places) >= stage.threshold]
+    y, x = places // stride, places % stride
     level = torch.bucketize(y, tops, right=True) - 1
     found = zip(x.tolist(), (y - tops[level]).tolist(), [scales[k] for k in level.tolist()])
-    return [(round(x * scale), round(y * scale), round(cascade.window * scale)) for x, y, scale in found]
+    return [(round(x * scale), round(y * scale), round(window * scale)) for x, y, scale in found]
 
 
-def stage_sums(stage: Stage, integral: torch.Tensor, stride: int, windows: torch.Tensor) -> torch.Tensor:
+def stage_sums(stage: Stage, integral: torch.Tensor, stride: int, places: torch.Tensor) -> torch.Tensor:
     """The sum of a stage's votes for each window: float64 (windows,)."""
     corners = stage.rows[:, None] * stride + stage.columns  # (4, 4, stumps), places relative to a window's
-    stumps = corners.shape[2]
+    first = torch.arange(corners.shape[2], dtype=torch.int32)[:, None] * 256  # of each stump's votes, (stumps, 1)
     sums = []
-    for some in windows.split(2**19 // corners.numel() + 1):  # what a processor's cache holds
-        values = integral.index_select(0, (corners[..., None] + some).flatten()).view(4, 4, stumps, -1)
+    for some in places.split(2**19 // corners.numel() + 1):  # what a processor's cache holds
+        values = integral.index_select(0, (corners[..., None] + some).flatten()).view(*corners.shape, -1)
         cells = values[1:, 1:] - values[:-1, 1:] - values[1:, :-1] + values[:-1, :-1]  # (3, 3, stumps, some)
-        pattern = torch.arange(stumps, dtype=torch.int32)[:, None] * 256  # (stumps, 1)
+        pattern = first
         # A bit for each neighbour that is at least the centre, clockwise from the top left (Liao 2007).
-        for bit, place in enumerate([(1, 0), (2, 0), (2, 1), (2, 2), (1, 2), (0, 2), (0, 1), (0, 0)]):
-            pattern = pattern + ((cells[place] >= cells[1, 1]).int() << bit)
+        for bit, cell in enumerate([(1, 0), (2, 0), (2, 1), (2, 2), (1, 2), (0, 2), (0, 1), (0, 0)]):
+            pattern = pattern + ((cells[cell] >= cells[1, 1]).int() << bit)
         sums.append(stage.votes.flatten()[pattern].sum(0))
-    return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64)
+    return torch.cat(sums)
 
 
 def merge(windows: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -571,16 +549,15 @@ def merge(windows: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
         slack = 0.2 * min(a[2], b[2])
         return all(abs(a[i] - b[i]) <= slack and abs(a[i] + a[2] - b[i] - b[2]) <= slack for i in (0, 1))
 
+    def inside(a, b):
+        slack = round(0.2 * b[2])
+        return all(b[i] - slack <= a[i] and a[i] + a[2] <= b[i] + b[2] + slack for i in (0, 1))
+
     clusters: list[list] = []
     for window in windows:
         near = [cluster for cluster in clusters if any(similar(window, other) for other in cluster)]
         clusters = [cluster for cluster in clusters if cluster not in near] + [sum(near, [window])]
     strong = [(*(round(sum(v) / len(c)) for v in zip(*c)), len(c)) for c in clusters if len(c) > 5]
-
-    def inside(a, b):
-        slack = round(0.2 * b[2])
-        return all(b[i] - slack <= a[i] and a[i] + a[2] <= b[i] + b[2] + slack for i in (0, 1))
-
     return [a[:3] for a in strong if not any(a is not b and b[3] > max(3, a[3]) and inside(a, b) for b in strong)]
 
 
@@ -601,15 +578,14 @@ def crop_faces(picture: bytes | str, cascade: str | None, min_face: int, margin:
         scale = min(1.0, DETECTION_SIZE / max(image.size))
         small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
         found = find_faces(small, read_cascade(cascade), max(SMALLEST_FACE, round(min_face * scale)))
-        boxes = [tuple(round(value / scale) for value in box) for box in found]
-    else:
-        side = min(image.size)
-        boxes, margin = ([((image.width - side) // 2, (image.height - side) // 2, side)] if side >= min_face else [], 1)
-    return [cut(image, box, margin) for box in sorted(boxes)]
+        return [cut(image, tuple(round(value / scale) for value in box), margin) for box in sorted(found)]
+    side = min(image.size)
+    box = (image.width - side) // 2, (image.height - side) // 2, side
+    return [cut(image, box, 1)] if side >= min_face else []
 
 
 def decode(picture: bytes | str) -> Image.Image:
-    """RGB, upright, on white."""
+    """RGB, upright, on white. Raises Unusable."""
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from here on, and refuses from twice as many
     try:
         with warnings.catch_warnings():
@@ -633,7 +609,7 @@ def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> Crop:
     raised = 0.1 * face if margin > 1 else 0
     left = min(max(round(left + face / 2 - side / 2), 0), image.width - side)
     top = min(max(round(top + face / 2 - raised - side / 2), 0), image.height - side)
-    crop = image.resize((CROP_SIZE, CROP_SIZE), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    crop = image.resize((256, 256), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
     file = io.BytesIO()
     crop.save(file, "JPEG", quality=95)
     return Crop(file.getvalue(), box, difference_hash(crop), flaw(crop))
@@ -642,20 +618,17 @@ def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> Crop:
 def flaw(crop: Image.Image) -> str:
     """Why a crop is of no use, or nothing: too little colour, or too few edges, at the 64x64 of training."""
     small = crop.resize((64, 64), Image.Resampling.LANCZOS)
-    red, green, blue = small.split()
-    highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
-    lowest = ImageChops.darker(ImageChops.darker(red, green), blue)
-    if ImageStat.Stat(ImageChops.subtract(highest, lowest)).mean[0] < GREYEST:
+    pixels, grey = to_tensor(small).float(), to_tensor(small.convert("L"))[..., 0].float()  # (64, 64, 3), (64, 64)
+    if (pixels.amax(2) - pixels.amin(2)).mean() < GREYEST:
         return "grey"
-    laplacian = ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), scale=1, offset=128)
-    edges = small.convert("L").filter(laplacian).crop((1, 1, 63, 63))  # the filter skips the border
-    return "blurred" if ImageStat.Stat(edges).var[0] < BLURRIEST else ""
+    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
+    return "blurred" if laplacian.clamp(-128, 127).var() < BLURRIEST else ""
 
 
 def difference_hash(crop: Image.Image) -> int:
     """64 bits: whether each of 8x8 grey areas is darker than the next one to the right."""
-    grey = crop.convert("L").resize((9, 8), Image.Resampling.BOX).tobytes()
-    return sum((grey[9 * y + x] < grey[9 * y + x + 1]) << (8 * y + x) for y in range(8) for x in range(8))
+    grey = to_tensor(crop.convert("L").resize((9, 8), Image.Resampling.BOX))[..., 0]
+    return sum(bit << place for place, bit in enumerate((grey[:, :-1] < grey[:, 1:]).flatten().tolist()))
 
 
 # ----------------------------------------------------------------------------------- the folder and its state
@@ -674,67 +647,65 @@ class Folder:
         self.path, self.table = Path(path), Path(path, "metadata.csv")
         for leftover in (*self.path.glob(".*-*.jpg.*.tmp"), *self.path.glob(".metadata.csv.*.tmp")):
             leftover.unlink()  # of a crawl that was killed while it wrote
-        self.rows = {(row["site"], row["id"]): row for row in self.read()}
-        self.hashes = [int(word, 16) for row in self.rows.values() for word in row["hashes"].split()]
-        self.faces = sum(len(row["crops"].split()) for row in self.rows.values())
-
-    def read(self) -> list[dict]:
         if not self.table.exists():
-            self.write([])
+            self.replace([])
         data = self.table.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):  # a row that a kill or a full disk tore
-            os.truncate(self.table, whole)
+        whole = data[: data.rfind(b"\n") + 1]  # without a row that a kill or a full disk tore
         try:
-            reader = csv.DictReader(io.StringIO(data[:whole].decode()))
+            reader = csv.DictReader(io.StringIO(whole.decode()))
             rows = list(reader)
             if tuple(reader.fieldnames or ()) != self.FIELDS or any(None in (*row, *row.values()) for row in rows):
                 raise ValueError("other columns")
-            return rows
         except (csv.Error, ValueError) as error:
             raise common.UserError(f"{self.table} is damaged or another's ({error}): move it away") from error
+        os.truncate(self.table, len(whole))
+        self.rows = {(row["site"], row["id"]): row for row in rows}
+        self.hashes = [int(word, 16) for row in self.rows.values() for word in row["hashes"].split()]
+        self.faces = sum(len(row["crops"].split()) for row in self.rows.values())
 
-    def write(self, rows: Iterable[dict]) -> None:
-        with common.replacing(self.table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.FIELDS, lineterminator="\n")
-            writer.writeheader()
+    def write(self, path: Path, mode: str, rows: Iterable[dict]) -> None:
+        with open(path, mode, newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.FIELDS, extrasaction="ignore", lineterminator="\n")
+            if mode == "w":
+                writer.writeheader()
             writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def replace(self, rows: Iterable[dict]) -> None:
+        with common.replacing(self.table) as temporary:
+            self.write(temporary, "w", rows)
 
     def knows(self, post: Post) -> bool:
         return self.rows.get((post.site, post.id), {}).get("outcome", "failed") != "failed"
 
     def add(self, post: Post, outcome: str, reason: str, crops: list[Crop]) -> list[str]:
         """Save a post's crops, then its row. Returns why it, or some of its crops, was dropped."""
-        kept, dropped = [], []
+        kept, dropped = {}, []
         for crop in crops:
             near = any((crop.hash ^ known).bit_count() <= NEAREST for known in self.hashes)
             if why := crop.flaw or ("near-duplicate" if near else ""):
                 dropped.append(why)
-            else:
-                kept.append(crop)
-                self.hashes.append(crop.hash)
+                continue
+            kept[f"{post.site}-{post.id}-{len(kept)}.jpg"] = crop
+            self.hashes.append(crop.hash)
         if outcome == "faces" and not kept:
             outcome, reason = "none", ", ".join(dict.fromkeys(dropped)) or "no face"
-        names = [f"{post.site}-{post.id}-{number}.jpg" for number in range(len(kept))]
-        for name, crop in zip(names, kept):
+        for name, crop in kept.items():
             with common.replacing(self.path / name) as temporary:
                 temporary.write_bytes(crop.jpeg)
-        texts = (post.site, post.id, post.page, post.artist, post.source, post.rating, outcome, reason, " ".join(names))
-        boxes = " ".join(",".join(map(str, crop.box)) for crop in kept)
-        hashes = " ".join(f"{crop.hash:016x}" for crop in kept)
-        row = self.rows[post.site, post.id] = dict(zip(self.FIELDS, (*texts, boxes, hashes)))
-        with open(self.table, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.FIELDS, lineterminator="\n").writerow(row)
-            file.flush()
-            os.fsync(file.fileno())
+        boxes = " ".join(",".join(map(str, crop.box)) for crop in kept.values())
+        hashes = " ".join(f"{crop.hash:016x}" for crop in kept.values())
+        result = dict(outcome=outcome, reason=reason, crops=" ".join(kept), boxes=boxes, hashes=hashes)
+        self.rows[post.site, post.id] = post._asdict() | result
+        self.write(self.table, "a", [self.rows[post.site, post.id]])
         self.faces += len(kept)
         return dropped or ([reason] if reason else [])
 
     def forget(self, names: list[tuple[str, str]]) -> int:
         """Mark posts as never to be fetched, then delete their crops; returns how many."""
-        for site, id in names:
-            self.rows[site, id] = dict.fromkeys(self.FIELDS, "") | dict(site=site, id=id, outcome="forgotten")
-        self.write(self.rows.values())
+        self.rows |= {(site, id): dict(site=site, id=id, outcome="forgotten") for site, id in names}
+        self.replace(self.rows.values())
         crops = [path for site, id in names for path in self.path.glob(f"{site}-{id}-*.jpg")]
         for path in crops:
             path.unlink()
@@ -757,28 +728,41 @@ def locked(folder: Path) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------------- a crawl
 
-Result = tuple[Post, str, str, list[Crop]]  # what Folder.add takes
+
+def crawl(args: argparse.Namespace) -> None:
+    """From the options to a folder of crops."""
+    with locked(Path(args.to)):
+        folder = Folder(args.to)
+        if args.forget:
+            print(f"{AGENT}: {len(args.forget)} posts forgotten, {folder.forget(args.forget)} crops deleted")
+            return
+        fetcher, posts = find_posts(args)
+        how = (find_cascade(args.cascade) if args.detector == "lbp" else None, args.min_face, args.margin)
+        print(f"{AGENT}: {args.to} has {folder.faces:,} faces of {len(folder.rows):,} posts", flush=True)
+        total = args.limit or len(posts)
+        new = (post for post in posts if not folder.knows(post))
+        # A site's posts are fetched one at a time, so that a killed crawl has fetched at most one in vain.
+        workers = 0 if fetcher else len(posts) // 8
+        results = common.map_in_processes(crop_post, new, workers, fetcher, args.rating, how)
+        end = collect(results, folder, args.limit, total, fetcher)
+        print(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
+        name = "anime" if Path(args.to).resolve() == Path("data/anime").resolve() else shlex.quote(args.to)
+        advice = f"next: python dcgan.py --dataset {name}" if folder.faces else "no face yet: try other --tags"
+        print(f"{AGENT}: {advice}")
 
 
-def fetch_and_crop(posts: Iterable[Post], fetcher: Fetcher, folder: Folder, ratings: list[str], how: tuple) -> Iterator:
-    """One post's Result after the other, so that a killed crawl has fetched at most one picture in vain."""
-    failures = 0
-    for post in posts:
-        if folder.knows(post):
-            continue
-        try:
-            result = post, "faces", "", crop_faces(fetch_picture(fetcher, post, ratings), *how)
-            failures = 0
-        except Unusable as error:
-            failed = error.again or error.status in (401, 403)
-            failures += failed
-            result = post, "failed" if failed else "skipped", error.reason, []
-        yield result
-        if failures == FAILURES:
-            raise SourceError(f"{failures} pictures did not come, and none between them did ({result[2]})")
+def crop_post(post: Post, fetcher: Fetcher | None, ratings: list[str], how: tuple) -> tuple:
+    """A post with its outcome, reason and crops: what Folder.add takes."""
+    torch.set_num_threads(1)  # more would be no faster, and a folder's pictures have a process on every core
+    try:
+        picture = fetch_picture(post, fetcher, ratings) if fetcher else next(iter(post.files))
+        return post, "faces", "", crop_faces(picture, *how)
+    except Unusable as error:
+        failed = error.again or error.status in (401, 403)
+        return post, "failed" if failed else "skipped", str(error), []
 
 
-def fetch_picture(fetcher: Fetcher, post: Post, ratings: list[str]) -> bytes:
+def fetch_picture(post: Post, fetcher: Fetcher, ratings: list[str]) -> bytes:
     """The first of a post's files that is there. Raises Unusable, at once for a post that is not worth a request."""
     if post.rating not in ("", *ratings):
         raise Unusable("rating")
@@ -799,41 +783,10 @@ def fetch_picture(fetcher: Fetcher, post: Post, ratings: list[str]) -> bytes:
     raise missing
 
 
-def crop_file(post: Post, *how) -> Result:
-    """What crop_faces makes of a file on this disk."""
-    torch.set_num_threads(1)  # more would be no faster, and every core has a process
-    try:
-        return post, "faces", "", crop_faces(*post.files, *how)
-    except Unusable as error:
-        return post, "skipped", error.reason, []
-
-
-def crawl(args: argparse.Namespace) -> None:
-    """From the options to a folder of crops."""
-    with locked(Path(args.to)):
-        folder = Folder(args.to)
-        if args.forget:
-            print(f"{AGENT}: {len(args.forget)} posts forgotten, {folder.forget(args.forget)} crops deleted")
-            return
-        fetcher, posts = source(args)
-        how = (find_cascade(args.cascade) if args.detector == "lbp" else None, args.min_face, args.margin)
-        if fetcher:
-            results = fetch_and_crop(posts, fetcher, folder, args.rating, how)
-        else:
-            posts = [post for post in posts if not folder.knows(post)]
-            results = common.map_in_processes(crop_file, posts, len(posts) // 8, *how)
-        print(f"{AGENT}: {args.to} has {folder.faces:,} faces of {len(folder.rows):,} posts", flush=True)
-        end = collect(results, folder, args.limit, 0 if args.limit else len(posts), fetcher)
-        print(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
-        name = "anime" if Path(args.to).resolve() == Path("data/anime").resolve() else shlex.quote(args.to)
-        advice = f"next: python dcgan.py --dataset {name}" if folder.faces else "no face yet: try other --tags"
-        print(f"{AGENT}: {advice}")
-
-
-def collect(results: Iterator, folder: Folder, limit: int | None, pictures: int, fetcher: Fetcher | None) -> str:
+def collect(results: Iterator, folder: Folder, limit: int | None, total: int, fetcher: Fetcher | None) -> str:
     """Save results up to the limit of faces, with a line of progress; returns what ended it."""
-    before, new, counts = folder.faces, 0, collections.Counter()
-    progress = common.Progress(max(0, limit - before) if limit else pictures, "faces" if limit else "pictures")
+    before, new, failures, counts = folder.faces, 0, 0, collections.Counter()
+    progress = common.Progress(max(0, limit - before) if limit else total, "faces" if limit else "pictures")
 
     def summary() -> str:
         text = f"{folder.faces - before:,} faces of {new:,} posts"
@@ -850,40 +803,15 @@ def collect(results: Iterator, folder: Folder, limit: int | None, pictures: int,
             new += 1
             counts.update(folder.add(*result))
             progress.update(folder.faces - before if limit else new, "· " + summary())
+            failures = {"failed": failures + 1, "faces": 0}.get(result[1], failures)
+            if failures == FAILURES:
+                raise SourceError(f"{failures} pictures did not come, and none between them did ({result[2]})")
         return "the limit"
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
     finally:
         results.close()
         progress.close(f"{AGENT}: {summary()}")
-
-
-def source(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[Post]]:
-    """Who fetches, unless it is on this disk, and what is there to be cropped."""
-    if args.from_dir:
-        return None, disk_posts(Path(args.from_dir), Path(args.to))
-    if args.urls:
-        posts = list(listed_posts(args.urls))
-        hosts = {host for post in posts for address in post.files if (host := hostname(address))}
-        return Fetcher(hosts, args.base_url, args.delay), posts
-    site, name, home = SITES[args.site], args.site, SITES[args.site].home
-    domains = {hostname(home).removeprefix("danbooru.")}  # Danbooru's files are on cdn.donmai.us
-    if args.base_url:
-        domains, home = set(), args.base_url.rstrip("/")
-        name = re.sub(r"[^a-z0-9.]", "_", hostname(home))
-    tags = site.tags if args.tags is None else args.tags
-    if site.general_tag and args.rating == ["general"]:
-        tags = f"{tags} {site.general_tag}".strip()
-    fetcher = Fetcher(domains, args.base_url, args.delay)
-    return fetcher, site_posts(fetcher, site, name, home, tags)
-
-
-def hostname(address: str) -> str:
-    """An address's host, or nothing."""
-    try:
-        return origin(urlsplit(address))[1]
-    except ValueError:
-        return ""
 
 
 def find_cascade(path: str | None) -> str:
@@ -894,10 +822,10 @@ def find_cascade(path: str | None) -> str:
     if not Path(CASCADE_FILE).exists():
         print(f"{AGENT}: downloading the face detector (MIT licence, nagadomi) to {CASCADE_FILE}", flush=True)
         try:
-            data = Fetcher({CASCADE_HOST}, None, 1.0).fetch(CASCADE_URL, is_picture=False)
+            data = Fetcher({urlsplit(CASCADE_URL).hostname}, None, 1.0).fetch(CASCADE_URL, is_picture=False)
         except Unusable as error:
             way_out = f"put {CASCADE_URL} into {CASCADE_FILE}, or try --detector none"
-            raise SourceError(f"the face detector can't be had ({error.reason}): {way_out}") from error
+            raise SourceError(f"the face detector can't be had ({error}): {way_out}") from error
         with common.replacing(CASCADE_FILE) as temporary:
             temporary.write_bytes(data)
     if hashlib.sha256(Path(CASCADE_FILE).read_bytes()).hexdigest() != CASCADE_SHA256:
@@ -912,7 +840,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tags", help="the site's search (1girl solo; all for yandere and konachan)")
     add("--urls", metavar="FILE", help="a list of picture addresses, one a line, instead of a site")
     add("--from-dir", metavar="DIR", help="a folder of pictures instead of a site")
-    add("--base-url", metavar="URL", help="another host that speaks the site's API")
+    add("--base-url", type=web_address, metavar="URL", help="another host that speaks the site's API")
     add("--to", metavar="DIR", default="data/anime", help="folder of the crops (data/anime)")
     add("--limit", type=common.number(int, 1), metavar="N", help="faces in the folder at the end (2000 from a site)")
     ratings = f"what to take of {', '.join(RATINGS)} (general)"
@@ -930,20 +858,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--site, --urls and --from-dir exclude each other")
     if (args.urls or args.from_dir) and args.tags is not None:
         parser.error("--tags searches a --site")
-    args.site = args.site or "safebooru"
     if args.from_dir and not Path(args.from_dir).is_dir():
         parser.error(f"--from-dir {args.from_dir}: no such folder")
     if args.tags and re.search(r"(^|\s)-?(order|sort|id):", args.tags):
         parser.error("--tags: order:, sort: and id: can't be used, since the crawl itself goes by id")
-    is_address = re.match("https?://", args.base_url or "") and hostname(args.base_url)
-    if args.base_url and (args.from_dir or not is_address):
-        parser.error("--base-url takes an http or https address, and goes with --site or --urls")
-    if args.delay < 1 and hostname(args.base_url or "") not in ("localhost", "127.0.0.1", "::1"):
+    if args.base_url and args.from_dir:
+        parser.error("--base-url goes with --site or --urls")
+    if args.delay < 1 and urlsplit(args.base_url or "").hostname not in ("localhost", "127.0.0.1", "::1"):
         parser.error("--delay: at least a second between two requests; less is for a --base-url on this machine")
+    args.site = args.site or "safebooru"
     args.forget = [(site or args.site, id) for site, id in args.forget or ()]
     if not (args.limit or args.urls or args.from_dir):
         args.limit = 2000
     return args
+
+
+def web_address(text: str) -> str:
+    """An argparse type: an http or https address without its last slash."""
+    with contextlib.suppress(ValueError):
+        scheme, host, _ = origin(urlsplit(text))
+        if scheme in ("http", "https") and host:
+            return text.rstrip("/")
+    raise argparse.ArgumentTypeError(f"{text!r} is no http or https address")
 
 
 def post_name(text: str) -> tuple[str, str]:

@@ -430,7 +430,7 @@ def test_no_server(tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_robots_by_rfc_9309(text, path, expected):
-    assert crawl_anime.allowed(crawl_anime.read_robots(text), crawl_anime.urlsplit("https://x" + path)) is expected
+    assert crawl_anime.allowed(text, crawl_anime.urlsplit("https://x" + path)) is expected
 
 
 @pytest.mark.parametrize(
