@@ -4,8 +4,6 @@ In reading order: errors and files, the command line, device and precision, opti
 folder with its checkpoint, sampling. Images are uint8 (N, C, H, W) in memory and become floats in a training step.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import concurrent.futures.process
@@ -20,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -84,7 +83,7 @@ class Progress:
 
     def update(self, done: int, text: str = "") -> None:
         now = time.monotonic()
-        if now - self.shown < (0.2 if sys.stdout.isatty() else 10) or is_quiet():
+        if now - self.shown < (0.2 if sys.stdout.isatty() else 10):
             return
         self.shown, rate = now, done / (now - self.start)
         left = clock((self.total - done) / rate) if rate else "?"
@@ -92,15 +91,15 @@ class Progress:
         show_line(line, end="" if sys.stdout.isatty() else "\n")
 
     def close(self, text: str) -> None:
-        if not is_quiet():
-            show_line(text)
+        show_line(text)
 
 
 def show_line(line: str, end: str = "\n") -> None:
-    """Print a line; on a terminal it replaces an unfinished one and never wraps."""
+    """Print a line, in the first process alone; on a terminal it replaces an unfinished one, which never wraps."""
     if sys.stdout.isatty():
-        line = "\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
-    print(line, end=end, flush=True)
+        line = "\r" + (line if end else line[: shutil.get_terminal_size().columns - 1]) + "\x1b[K"
+    if not is_quiet():
+        print(line, end=end, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
@@ -123,18 +122,16 @@ def complain(who: str, message: str) -> None:
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
     """An argparse type: a finite int or float in [low, high], or in (low, high] if `above`."""
+    noun = f"a{' whole' if kind is int else ''} number {'above' if above else 'of at least'} {low:g}"
+    noun += f" and at most {high:g}" if high < math.inf else ""
 
     def convert(text: str):
-        noun = "a whole number" if kind is int else "a number"
-        bounds = f"{'above' if above else 'of at least'} {low:g}" + (
-            f" and at most {high:g}" if high < math.inf else ""
-        )
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
-            raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not {text!r}")
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            raise argparse.ArgumentTypeError(f"must be {noun}, not {text!r}")
         return value
 
     return convert
@@ -142,19 +139,13 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 def make_parser(script: str, doc: str, presets: dict, datasets: tuple[str, ...] = LABELLED) -> argparse.ArgumentParser:
     """The options that all scripts share, in one order. `datasets` that contain "folder" allow any path."""
-    parser = Parser(
-        f"{script}.py", description=doc.split("\n\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
+    description = doc.split("\n\n")[0]
+    parser = Parser(f"{script}.py", description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     names = [name for name in datasets if name != "folder"]
-    some = dict(choices=names) if "folder" not in datasets else {}
+    folder = " or a folder of images" if "folder" in datasets else ""
     add = parser.add_argument
     add("--preset", choices=list(presets), help=f"the report whose numbers are the defaults ({next(iter(presets))})")
-    add(
-        "--dataset",
-        metavar="NAME",
-        help=f"{', '.join(names)}{' or a folder of images' if not some else ''} (mnist)",
-        **some,
-    )
+    add("--dataset", metavar="NAME", choices=None if folder else names, help=f"{', '.join(names)}{folder} (mnist)")
     add("--data-dir", metavar="DIR", help="folder of the data sets, downloaded when absent (data)")
     add("--out-dir", metavar="DIR", help=f"folder of the run (runs/{script}-PRESET-DATASET)")
     add("--epochs", type=number(int, 1), metavar="N", help="passes over the training images")
@@ -174,60 +165,47 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None, transient: tupl
 
     A preset may hold a dict `folder` of other numbers for folders of images. The script's own options need an entry in
     every preset, or stand in `transient` (None by default, not kept in the checkpoint). Adds `script`, `given` (the
-    names typed) and `checkpoint` (a dict or None). In a notebook the kernel's own arguments are ignored.
+    names typed), `kept` (those for the checkpoint), `checkpoint` (a dict or None). A notebook's arguments are ignored.
     """
     given = vars(parser.parse_args([] if argv is None and in_notebook() else argv))
     script = parser.prog.removesuffix(".py")
-    try:
-        if "to" in given and "sample" not in given:
-            raise UserError("--to says where --sample writes: give --sample N too")
-        if "sample" in given and "resume" in given:
-            raise UserError("--sample draws from a finished run, --resume trains: give one of them")
-        if given.get("dataset", "mnist") not in (*LABELLED, "anime"):
-            given["dataset"] = os.path.abspath(given["dataset"])
-        if "data_dir" in given:
-            given["data_dir"] = os.path.abspath(given["data_dir"])
-        shared = dict(preset=next(iter(presets)), dataset="mnist", data_dir=os.path.abspath("data"), seed=0)
-        chosen = shared | given
-        numbers = dict(presets[chosen["preset"]])
-        folder = numbers.pop("folder", {})
-        numbers |= {} if chosen["dataset"] in LABELLED else folder
-        options = shared | dict(device="auto", precision="auto") | numbers
-        name = Path(chosen["dataset"]).name
-        out_dir = given.get("out_dir", f"runs/{script}-{chosen['preset']}-{name}")
-        checkpoint = None
-        if "resume" in given or "sample" in given or "evaluate" in given:
+    if "to" in given and "sample" not in given:
+        parser.error("--to says where --sample writes: give --sample N too")
+    if "sample" in given and "resume" in given:
+        parser.error("--sample draws from a finished run, --resume trains: give one of them")
+    if given.get("dataset", "mnist") not in (*LABELLED, "anime"):
+        given["dataset"] = os.path.abspath(given["dataset"])
+    if "data_dir" in given:
+        given["data_dir"] = os.path.abspath(given["data_dir"])
+    options = dict(preset=next(iter(presets)), dataset="mnist", data_dir=os.path.abspath("data"), seed=0)
+    options |= dict(device="auto", precision="auto")
+    preset, dataset = (given.get(name, options[name]) for name in ("preset", "dataset"))
+    numbers = dict(presets[preset])
+    folder = numbers.pop("folder", {})
+    options |= numbers if dataset in LABELLED else numbers | folder
+    out_dir, checkpoint = given.get("out_dir", f"runs/{script}-{preset}-{Path(dataset).name}"), None
+    if given.keys() & {"resume", "sample", "evaluate"}:
+        try:
             checkpoint = load_checkpoint(out_dir, script)
-            options = adopt_options(checkpoint, options, given, free={"seed"} if "resume" not in given else set())
-        options |= (
-            {name: None for name in transient} | dict(resume=False, sample=None, to=None, out_dir=out_dir) | given
-        )
-    except UserError as error:
-        parser.error(str(error))
-    return argparse.Namespace(
-        **options, script=script, given=set(given), checkpoint=checkpoint, transient=set(transient)
-    )
+            options = adopt_options(checkpoint, options, given)
+        except UserError as error:
+            parser.error(str(error))
+    values = options | dict.fromkeys(transient) | dict(resume=False, sample=None, to=None, out_dir=out_dir) | given
+    return argparse.Namespace(**values, script=script, given=set(given), kept=list(options), checkpoint=checkpoint)
 
 
-def adopt_options(checkpoint: dict, options: dict, given: dict, free: set[str]) -> dict:
+def adopt_options(checkpoint: dict, options: dict, given: dict) -> dict:
     """The options of the run in `checkpoint`; UserError when it has others, or when what was typed contradicts them."""
     stored = checkpoint["options"]
     if {k: type(v) for k, v in stored.items()} != {k: type(v) for k, v in options.items()}:
         odd = sorted(set(stored) ^ set(options)) or "of other types"
         raise UserError(f"the checkpoint was written by another version of the script (options {odd}): train anew")
-    for name in set(given) & set(stored) - free - {"epochs", "data_dir", "device", "precision"}:
+    free = {"epochs", "data_dir", "device", "precision"} | (set() if "resume" in given else {"seed"})
+    for name in given.keys() & stored.keys() - free:
         if given[name] != stored[name]:
-            option = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{option} {given[name]} contradicts the checkpoint's {stored[name]}: leave it out, or train anew"
-            )
+            option = f"--{name.replace('_', '-')} {given[name]}"
+            raise UserError(f"{option} contradicts the checkpoint's {stored[name]}: leave it out, or train anew")
     return dict(stored)
-
-
-def stored_options(args: argparse.Namespace) -> dict:
-    """What of the options defines the run, and is kept in its checkpoint: plain numbers and strings."""
-    passing = {"out_dir", "resume", "sample", "to", "script", "given", "checkpoint", "transient"} | args.transient
-    return {name: value for name, value in vars(args).items() if name not in passing}
 
 
 def run_command(function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -240,10 +218,7 @@ def run_command(function: Callable[[argparse.Namespace], None], args: argparse.N
         complain(f"{args.script}.py" + (f" (process {rank()})" if rank() else ""), message)
         raise SystemExit(status)
 
-    def terminate(*_):
-        raise KeyboardInterrupt
-
-    with handling_signals({signal.SIGTERM: terminate}):
+    with handling_signals({signal.SIGTERM: signal.default_int_handler}):
         try:
             if processes() > 1:
                 cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
@@ -251,18 +226,15 @@ def run_command(function: Callable[[argparse.Namespace], None], args: argparse.N
             function(args)
             if dist.is_initialized():
                 dist.barrier()  # a process that leaves early takes its connections with it
-        except UserError as error:
-            fail(error.status, f"error: {error}")
         except KeyboardInterrupt as interrupt:
             fail(130, str(interrupt) or "interrupted")
-        except OSError as error:
-            fail(2, f"error: {error}")
-        except (MemoryError, torch.OutOfMemoryError):
-            fail(2, "error: out of memory: a smaller --batch-size needs less")
-        except RuntimeError as error:
-            if "alloc" in str(error) and "memory" in str(error):
+        except (UserError, OSError) as error:
+            fail(getattr(error, "status", 2), f"error: {error}")
+        except (MemoryError, RuntimeError) as error:  # torch has no type for all its ways to run out of memory
+            told = str(error).lower()
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or ("alloc" in told and "memory" in told):
                 fail(2, "error: out of memory: a smaller --batch-size needs less")
-            if processes() > 1 and ("connection" in str(error).lower() or "nccl" in str(error).lower()):
+            if processes() > 1 and ("connection" in told or "nccl" in told):
                 fail(2, f"error: lost another process: {str(error).splitlines()[0]}")
             raise
         finally:
@@ -346,10 +318,9 @@ def choose_compute(args: argparse.Namespace) -> Compute:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     native = has_native_bf16(device)
     precision = ("bf16" if native else "fp32") if args.precision == "auto" else args.precision
-    if not is_quiet():
-        why = f"native here: {'yes' if native else 'no'}" if args.precision == "auto" else "as asked"
-        share = f", {processes()} processes" if processes() > 1 else ""
-        print(f"{args.script}: device {name}{share}; precision {precision} (bf16 {why})")
+    why = f"native here: {'yes' if native else 'no'}" if args.precision == "auto" else "as asked"
+    share = f", {processes()} processes" if processes() > 1 else ""
+    show_line(f"{args.script}: device {name}{share}; precision {precision} (bf16 {why})")
     return Compute(device, precision)
 
 
@@ -412,9 +383,8 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 def distribute(network: nn.Module) -> nn.Module:
     """Batch norm over the whole batch instead of each process's share, where it can be (CUDA)."""
-    return (
-        nn.SyncBatchNorm.convert_sync_batchnorm(network) if processes() > 1 and torch.cuda.is_available() else network
-    )
+    shared = processes() > 1 and torch.cuda.is_available()
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network) if shared else network
 
 
 class GraphedStep:
@@ -425,9 +395,7 @@ class GraphedStep:
 
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         self.calls += 1
-        if (
-            self.calls <= 3
-        ):  # real steps, on a stream of their own as capture requires: they create the optimizers' state
+        if self.calls <= 3:  # real steps, on a stream of their own as capture requires, make the optimizers' state
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -473,31 +441,31 @@ def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | N
         return Data(load_folder(Path(data_dir, "anime") if name == "anime" else Path(name), size), None)
 
 
+IDX_PARTS = ("images-idx3", "labels-idx1")
+
+
 def load_idx(name: str, data_dir: Path, train: bool) -> Data:
     """MNIST or Fashion-MNIST in torchvision's layout, <data_dir>/<MNIST or FashionMNIST>/raw."""
     from torchvision import datasets
 
     kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
-    raw, prefix = data_dir / kind.__name__ / "raw", "train" if train else "t10k"
-    files = [raw / f"{prefix}-{part}-ubyte" for part in ("images-idx3", "labels-idx1")]
-    if not all(file.exists() for file in files):
+    raw = data_dir / kind.__name__ / "raw"
+    images_file, labels_file = (raw / f"{'train' if train else 't10k'}-{part}-ubyte" for part in IDX_PARTS)
+    if not (images_file.exists() and labels_file.exists()):
         download(kind, data_dir, raw)
-    tensors = []
-    for file, read in zip(files, (datasets.mnist.read_image_file, datasets.mnist.read_label_file)):
-        try:
-            tensors.append(read(str(file)))
-        except (AssertionError, ValueError, RuntimeError, KeyError, IndexError, OSError) as error:
-            raise UserError(f"{file} is damaged or no idx file: delete it, and it is downloaded again") from error
-    images, labels = tensors
-    if images.shape[1:] != (28, 28) or len(images) != len(labels) or not len(labels) or labels.max() > 9:
-        raise UserError(f"{files[0]} and its labels don't belong together: delete both, and they are downloaded again")
+    try:
+        images = datasets.mnist.read_image_file(str(images_file))
+        labels = datasets.mnist.read_label_file(str(labels_file))
+        if images.shape[1:] != (28, 28) or len(images) != len(labels) or not len(labels) or labels.max() > 9:
+            raise ValueError
+    except (AssertionError, ValueError, RuntimeError, KeyError, IndexError, OSError) as error:
+        raise UserError(f"{images_file} or its labels are damaged: delete both, and they are fetched again") from error
     return Data(images[:, None], labels.long())
 
 
 def download(kind: type, data_dir: Path, raw: Path) -> None:
     """Fetch a torchvision data set into a folder of its own, then move its files in place, each whole."""
-    if not is_quiet():
-        print(f"downloading {kind.__name__} to {raw}", flush=True)
+    show_line(f"downloading {kind.__name__} to {raw}")
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as folder:
@@ -508,19 +476,12 @@ def download(kind: type, data_dir: Path, raw: Path) -> None:
             raw.mkdir(parents=True, exist_ok=True)
             for file in Path(folder, kind.__name__, "raw").iterdir():
                 os.replace(file, raw / file.name)
-    except OSError as error:
-        if error.filename is not None:
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "filename", None) is not None:
             raise UserError(f"can't write {error.filename}: {error.strerror}: choose another --data-dir") from error
-        raise UserError(no_download(kind, raw)) from error
-    except RuntimeError as error:
-        raise UserError(no_download(kind, raw)) from error
-
-
-def no_download(kind: type, raw: Path) -> str:
-    names = ", ".join(
-        f"{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-    )
-    return f"{kind.__name__} can't be downloaded: put {names} into {raw}, or try --dataset digits, which needs none"
+        names = ", ".join(f"{split}-{part}-ubyte" for split in ("train", "t10k") for part in IDX_PARTS)
+        remedy = f"put {names} into {raw}, or try --dataset digits, which needs none"
+        raise UserError(f"{kind.__name__} can't be downloaded: {remedy}") from error
 
 
 def draw_digits(train: bool = True) -> Data:
@@ -565,40 +526,36 @@ def load_folder(folder: Path, size: int) -> Tensor:
         hint = "python crawl_anime.py fills it" if folder.name == "anime" else "--dataset takes a name or a folder"
         raise UserError(f"there is no folder {folder} ({hint})")
     files, signature = list_files(folder, size)
-    places = [folder.parent, Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "image-folders")]
     name = f"{folder.name}-{size}.images"
-    caches = [places[0] / name, places[1] / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}-{name}"]
-    cache = caches[0] if os.access(places[0], os.W_OK) else caches[1]
-    found = next((path for path in caches if read_footer(path).get("signature") == signature), None)
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "image-folders")
+    beside, at_home = folder.parent / name, home / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}-{name}"
+    found = next((path for path in (beside, at_home) if read_footer(path).get("signature") == signature), None)
+    cache = found or (beside if os.access(folder.parent, os.W_OK) else at_home)
     if found is None:
         build_cache(cache, folder, files, size, signature)
-    footer = read_footer(found or cache)
-    if not is_quiet():
-        print(f"{footer['count']:,} images in {folder}{' (cached)' if found else ''}{footer['skipped']}")
+    footer = read_footer(cache)
+    show_line(f"{footer['count']:,} images in {folder}{' (cached)' if found else ''}{footer['skipped']}")
     shape = (footer["count"], 3, size, size)
-    return torch.from_file(str(found or cache), size=math.prod(shape), dtype=torch.uint8).view(shape)
+    return torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8).view(shape)
 
 
 def list_files(folder: Path, size: int) -> tuple[list[str], str]:
     """Relative paths of all files but hidden ones, sorted, and a digest that changes when one of them does."""
-    found = []
 
-    def visit(directory: str) -> None:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name.endswith(".images"):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    visit(entry.path)
-                elif entry.is_file():
-                    with contextlib.suppress(FileNotFoundError):  # removed a moment ago
-                        status = entry.stat()
-                        found.append((os.path.relpath(entry.path, folder), status.st_size, status.st_mtime_ns))
-
-    try:
-        visit(str(folder))
-    except OSError as error:
+    def fail(error: OSError):
         raise UserError(f"can't read {error.filename}: {error.strerror}") from error
+
+    def shown(names: list[str]) -> list[str]:
+        return [name for name in names if not name.startswith(".") and not name.endswith(".images")]
+
+    found = []
+    for directory, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = shown(folders)  # those that are walked
+        for path in (os.path.join(directory, name) for name in shown(names)):
+            with contextlib.suppress(FileNotFoundError):  # removed a moment ago, or a link to nothing
+                status = os.stat(path)
+                if stat.S_ISREG(status.st_mode):
+                    found.append((os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
     found.sort()
     digest = hashlib.sha256(f"images 1 {size}".encode())
     for path, length, time_ns in found:
@@ -621,7 +578,7 @@ def read_footer(cache: Path) -> dict:
 
 def build_cache(cache: Path, folder: Path, files: list[str], size: int, signature: str) -> None:
     """Decode all files in several processes and write their pixels one by one: memory does not grow with them."""
-    count, skipped, reasons, progress = 0, 0, [], Progress(len(files), "files")
+    count, skipped, progress = 0, [], Progress(len(files), "files")
     chunks = [files[start : start + 64] for start in range(0, len(files), 64)]
     for leftover in cache.parent.glob(f".{cache.name}.*.tmp"):  # of builders that were killed
         with contextlib.suppress(OSError):
@@ -634,14 +591,13 @@ def build_cache(cache: Path, folder: Path, files: list[str], size: int, signatur
                     file.write(picture)
                     count += 1
                 else:
-                    skipped += 1
-                    text = "".join(c if c.isprintable() else "?" for c in f"{name} ({picture})")
-                    reasons += [text] if skipped <= 3 else []
-            progress.update(count + skipped)
+                    skipped.append(f"{name} ({picture})")
+            progress.update(count + len(skipped))
+        first = ", ".join("".join(c if c.isprintable() else "?" for c in text) for text in skipped[:3])
         if not count:
-            what = f"{len(files):,} files, none of them a usable image: {', '.join(reasons)}" if files else "no file"
+            what = f"{len(files):,} files, none of them a usable image: {first}" if files else "no file"
             raise UserError(f"{folder} holds {what}; {', '.join(IMAGE_FORMATS)} are read")
-        more = f"; skipped {skipped:,} files: {', '.join(reasons)}{', ...' if skipped > 3 else ''}" if skipped else ""
+        more = f"; skipped {len(skipped):,} files: {first}{', ...' if len(skipped) > 3 else ''}" if skipped else ""
         footer = json.dumps(dict(signature=signature, count=count, skipped=more)).encode()
         file.write(footer + len(footer).to_bytes(8, "big"))
 
@@ -696,11 +652,7 @@ def decode_image(path: str, size: int) -> bytes | str:
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            side = min(image.size)
-            left, top = (image.width - side) / 2, (image.height - side) / 2
-            box = (left, top, left + side, top + side)
-            image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)  # its middle
         return b"".join(band.tobytes() for band in image.split())
     except Image.UnidentifiedImageError:
         return "no image" if os.path.getsize(path) else "empty"
@@ -756,10 +708,9 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
 
 def to_picture(image: Tensor | Image.Image) -> Image.Image:
     """A float (C, H, W) in [0, 1] as a Pillow image, grey for one channel."""
-    if isinstance(image, Image.Image):
-        return image
-    pixels = to_bytes(image)
-    return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy())
+    from torchvision.transforms.functional import to_pil_image
+
+    return image if isinstance(image, Image.Image) else to_pil_image(to_bytes(image))
 
 
 def write_picture(path: str | Path, image: Tensor | Image.Image) -> None:
@@ -781,70 +732,57 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e
 class Plot:
     """A figure with axes, ticks and a legend; draw at `point(x, y)` on `draw`. Halved at the end for smooth lines."""
 
+    left, right, top, bottom = 150, 1560, 40, 890  # of the axes in 1600x1000 pixels
+
     def __init__(self, x_range, y_range, x_label: str, y_label: str, legend: dict[str, str], log_y: bool = False):
-        self.width, self.height, self.log_y = 1600, 1000, log_y
-        self.image = Image.new("RGB", (self.width, self.height), "white")
-        self.draw = ImageDraw.Draw(self.image)
-        self.font = ImageFont.load_default(size=28)
-        (self.x0, self.x1), (self.y0, self.y1) = x_range, y_range
-        self.left, self.right, self.top, self.bottom = 150, self.width - 40, 40, self.height - 110
+        self.image, self.font = Image.new("RGB", (1600, 1000), "white"), ImageFont.load_default(size=28)
+        self.draw, self.legend = ImageDraw.Draw(self.image), legend
+        self.scale = math.log10 if log_y else float
+        (self.x0, self.x1), (self.y0, self.y1) = x_range, map(self.scale, y_range)
         for x in ticks(self.x0, self.x1, least=1 if x_label == "epoch" else 0):
-            column = self.point(x, self.y0)[0]
+            column = self.point(x, y_range[0])[0]
             self.draw.line((column, self.top, column, self.bottom), "#e6e6e6", 2)
             self.draw.text((column, self.bottom + 12), f"{x:g}", "black", self.font, anchor="ma")
-        if log_y:
-            powers = range(math.ceil(math.log10(self.y0) - 1e-9), math.floor(math.log10(self.y1) + 1e-9) + 1)
-            y_ticks = [10.0**power for power in powers]
-        else:
-            y_ticks = ticks(self.y0, self.y1)
-        for y in y_ticks:
+        for tick in ticks(self.y0, self.y1, least=1 if log_y else 0):
+            y = 10.0**tick if log_y else tick
             row = self.point(self.x0, y)[1]
             self.draw.line((self.left, row, self.right, row), "#e6e6e6", 2)
             self.draw.text((self.left - 12, row), f"{y:g}", "black", self.font, anchor="rm")
         self.draw.rectangle((self.left, self.top, self.right, self.bottom), outline="black", width=2)
-        self.draw.text(((self.left + self.right) / 2, self.height - 16), x_label, "black", self.font, anchor="md")
+        self.draw.text(((self.left + self.right) / 2, 984), x_label, "black", self.font, anchor="md")
         side = Image.new("L", (self.bottom - self.top, 40))
         ImageDraw.Draw(side).text((side.width / 2, 20), y_label, 255, self.font, anchor="mm")
         self.image.paste("black", (8, self.top), side.rotate(90, expand=True))
-        self.legend = legend
 
     def point(self, x: float, y: float) -> tuple[float, float]:
-        if self.log_y:
-            part = math.log(max(y, 1e-30) / self.y0) / math.log(self.y1 / self.y0)
-        else:
-            part = (y - self.y0) / (self.y1 - self.y0)
-        across = (x - self.x0) / (self.x1 - self.x0)
-        return self.left + across * (self.right - self.left), self.bottom - part * (self.bottom - self.top)
+        across, up = (x - self.x0) / (self.x1 - self.x0), (self.scale(y) - self.y0) / (self.y1 - self.y0)
+        return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
     def finish(self) -> Image.Image:
         """The figure (800x500) with its legend on top."""
-        width = max((self.draw.textlength(name, self.font) for name in self.legend), default=0) + 80
-        box = (self.right - width - 10, self.top + 10, self.right - 10, self.top + 20 + 38 * len(self.legend))
-        if self.legend:
-            self.draw.rectangle(box, "white", "#bbbbbb", 2)
-        for i, (name, colour) in enumerate(self.legend.items()):
-            y = box[1] + 24 + 38 * i
-            self.draw.rectangle((box[0] + 12, y - 5, box[0] + 52, y + 5), colour)
-            self.draw.text((box[0] + 64, y), name, "black", self.font, anchor="lm")
+        left = self.right - 90 - max(self.draw.textlength(name, self.font) for name in self.legend)
+        bottom = self.top + 20 + 38 * len(self.legend)
+        self.draw.rectangle((left, self.top + 10, self.right - 10, bottom), "white", "#bbbbbb", 2)
+        for y, (name, colour) in zip(range(self.top + 34, bottom, 38), self.legend.items()):
+            self.draw.rectangle((left + 12, y - 5, left + 52, y + 5), colour)
+            self.draw.text((left + 64, y), name, "black", self.font, anchor="lm")
         return self.image.reduce(2)
 
 
 def plot_lines(curves: dict[str, list[float]], x_label: str, y_label: str) -> Image.Image:
     """Curves over 1, 2, 3... as a figure; the y axis is logarithmic when positive values span more than two decades."""
-    values = sorted(value for curve in curves.values() for value in curve)
-    log_y = values[0] > 0 and values[-1] / values[0] > 100
-    low, high = values[0], values[-1]
+    low, high = min(map(min, curves.values())), max(map(max, curves.values()))
+    log_y = low > 0 and high / low > 100
     margin = 0.05 * (high - low) or 0.5
     y_range = (low / 1.3, high * 1.3) if log_y else (low - margin, high + margin)
-    length = max(len(curve) for curve in curves.values())
     colours = dict(zip(curves, COLOURS))
-    plot = Plot((1, max(length, 2)), y_range, x_label, y_label, colours, log_y)
+    plot = Plot((1, max(2, *map(len, curves.values()))), y_range, x_label, y_label, colours, log_y)
     for name, curve in curves.items():
         points = [plot.point(i + 1, value) for i, value in enumerate(curve)]
+        plot.draw.line(points, colours[name], 4)
         if len(points) == 1:
-            plot.draw.ellipse((points[0][0] - 6, points[0][1] - 6, points[0][0] + 6, points[0][1] + 6), colours[name])
-        else:
-            plot.draw.line(points, colours[name], 4, joint="curve")
+            (x, y), *_ = points
+            plot.draw.ellipse((x - 6, y - 6, x + 6, y + 6), colours[name])
     return plot.finish()
 
 
@@ -862,15 +800,12 @@ def label_panels(panels: list[tuple[str, Image.Image]], columns: int = 2) -> Ima
     return figure
 
 
-def write_gif(path: str | Path, frames: list[Image.Image], seconds: float = 0.15) -> None:
+def write_gif(path: str | Path, frames: list[Image.Image]) -> None:
     """An endless animation that rests on its last frame; few colours keep it small."""
-    colours = 16 if frames[0].mode == "L" else 64
-    frames = [
-        frame.quantize(colours) if frame.mode == "L" else frame.convert("RGB").quantize(colours) for frame in frames
-    ]
-    durations = [round(1000 * seconds)] * (len(frames) - 1) + [2000]
+    frames = [frame.quantize(16 if frame.mode == "L" else 64) for frame in frames]
+    milliseconds = [150] * (len(frames) - 1) + [2000]
     with replacing(path) as temporary:
-        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 # ------------------------------------------------------------------------------------------------------- a run's folder
@@ -886,15 +821,31 @@ def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
             warnings.simplefilter("ignore")  # what torch says of a foreign file's bytes: one line is enough
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes lead to
-        raise UserError(
-            f"{path} is damaged or no checkpoint of ours, and was not loaded ({type(error).__name__})"
-        ) from error
-    keys = {"format", "script", "options", "epoch", "networks", "optimizers", "history"}
-    if not isinstance(checkpoint, dict) or set(checkpoint) != keys or checkpoint["format"] != CHECKPOINT_FORMAT:
+        why = type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint of ours, and was not loaded ({why})") from error
+    parts = dict(format=int, script=str, options=dict, epoch=int, networks=dict, optimizers=dict, history=list)
+    types = {name: type(part) for name, part in checkpoint.items()} if isinstance(checkpoint, dict) else {}
+    if types != parts or checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is no checkpoint of this version: train anew")
     if script is not None and checkpoint["script"] != script:
         raise UserError(f"{path} was written by {checkpoint['script']}.py: sample and resume it with that script")
     return checkpoint
+
+
+def restore(parts: dict, states: dict) -> None:
+    """Give networks or optimizers their states by name; UserError when they don't fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(states[name])
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(f"the checkpoint does not fit this version's networks ({line}): train anew") from error
+
+
+def restore_networks(networks: dict[str, nn.Module], checkpoint: dict, device: torch.device) -> dict[str, nn.Module]:
+    """Networks with the checkpoint's weights on the device, in eval mode; UserError when they don't fit."""
+    restore(networks, checkpoint["networks"])
+    return {name: network.to(device).eval() for name, network in networks.items()}
 
 
 class Run:
@@ -908,63 +859,44 @@ class Run:
         self.args, self.compute, self.data = args, compute, data
         self.networks, self.optimizers = networks, optimizers
         self.folder, self.history, self.epoch = Path(args.out_dir), [], 0
-        if len(data.images) < args.batch_size and "batch_size" not in args.given and args.dataset not in LABELLED:
-            args.batch_size = max(1, len(data.images) // processes()) * processes()  # a small folder is one batch
-            if not is_quiet():
-                print(f"{args.script}: all {args.batch_size} images in one batch")
-        self.steps = len(data.images) // args.batch_size
-        self.names, self.extra, self.interrupted, self.display = [], {}, False, None
+        self.names, self.extra, self.interrupted, self.displayed = [], {}, False, False
         self.saved_at, self.saving = -math.inf, 0.0
+        count = len(data.images)
+        if count < args.batch_size and "batch_size" not in args.given and args.dataset not in LABELLED:
+            args.batch_size = max(1, count // processes()) * processes()  # a small folder is one batch
+            show_line(f"{args.script}: all {args.batch_size} images in one batch")
+        self.steps = count // args.batch_size
         if self.steps == 0:
-            raise UserError(f"--batch-size {args.batch_size} is larger than the data: {len(data.images):,} images")
+            raise UserError(f"--batch-size {args.batch_size} is larger than the data: {count:,} images")
         if args.batch_size % processes():
             raise UserError(f"--batch-size {args.batch_size} can't be shared evenly by {processes()} processes")
         if args.checkpoint is not None:
-            self.restore(args.checkpoint)
+            restore(networks, args.checkpoint["networks"])
+            restore(optimizers, args.checkpoint["optimizers"])
+            self.history, self.epoch = list(args.checkpoint["history"]), args.checkpoint["epoch"]
+            if self.epoch > args.epochs:
+                raise UserError(f"the run has {self.epoch} epochs already, --epochs asks for {args.epochs}")
         if compute.device.type == "cuda" and data.images.nbytes < torch.cuda.mem_get_info(compute.device)[0] // 2:
             labels = data.labels.to(compute.device) if data.labels is not None else None
             self.data = Data(data.images.to(compute.device), labels)
-        if not is_quiet():
-            if args.checkpoint is None and (self.folder / "checkpoint.pt").exists():
-                self.keep_earlier_run()
-            for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-                leftover.unlink(missing_ok=True)
-            what = f"{args.preset} on {args.dataset}, {len(data.images):,} images, {self.steps} steps an epoch"
-            print(f"{args.script}: {what}")
-            write_picture(self.folder / "real.png", grid(to_unit(self.data.images[:64].cpu())))
-
-    def restore(self, checkpoint: dict) -> None:
-        try:
-            for name, network in self.networks.items():
-                network.load_state_dict(checkpoint["networks"][name])
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(checkpoint["optimizers"][name])
-            self.history, self.epoch = list(checkpoint["history"]), int(checkpoint["epoch"])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            line = str(error).strip().splitlines()[0]
-            raise UserError(f"the checkpoint in {self.folder} does not fit this version's networks ({line})") from error
-        if self.epoch > self.args.epochs:
-            raise UserError(f"the run has {self.epoch} epochs already, --epochs asks for {self.args.epochs}")
-
-    def keep_earlier_run(self) -> None:
-        """A new run never overwrites another: the earlier one moves aside."""
-        names = (self.folder.with_name(f"{self.folder.name}-{i}") for i in range(1, 10**6))
-        aside = next(name for name in names if not name.exists())
-        try:
+        if is_quiet():
+            return
+        if args.checkpoint is None and (self.folder / "checkpoint.pt").exists():
+            names = (f"{self.folder.name}-{i}" for i in range(1, 10**6))  # a new run never overwrites another
+            aside = next(path for path in map(self.folder.with_name, names) if not path.exists())
             self.folder.rename(aside)
-        except OSError as error:
-            raise UserError(f"{self.folder} holds a run and can't be moved aside: {error.strerror}") from error
-        print(f"{self.args.script}: the run that was in {self.folder} is now {aside} (--resume would go on with it)")
+            show_line(f"{args.script}: the run that was in {self.folder} is now {aside}: --resume would go on with it")
+        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        what = f"{args.preset} on {args.dataset}, {count:,} images, {self.steps} steps an epoch"
+        show_line(f"{args.script}: {what}")
+        write_picture(self.folder / "real.png", grid(to_unit(data.images[:64].cpu())))
 
     def capture(self, step: Callable) -> Callable:
         """`step` as one CUDA graph, where that can be."""
-        if self.compute.device.type != "cuda":
-            return step
-        if processes() > 1:
-            if not is_quiet():
-                print("no CUDA graph: several processes exchange gradients within a step")
-            return step
-        return GraphedStep(step)
+        if self.compute.device.type == "cuda" and processes() > 1:
+            show_line("no CUDA graph: several processes exchange gradients within a step")
+        return GraphedStep(step) if self.compute.device.type == "cuda" and processes() == 1 else step
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to train. After each: the losses are checked and logged, and what is due is saved."""
@@ -977,8 +909,8 @@ class Run:
         with handling_signals({signal.SIGINT: note, signal.SIGTERM: note}):
             for epoch in range(self.epoch + 1, self.args.epochs + 1):
                 seed_everything(self.args.seed, epoch)
-                self.step, self.extra, self.started = 0, {}, time.perf_counter()
-                self.shown = self.started
+                self.step, self.extra = 0, {}
+                self.started = self.shown = time.perf_counter()
                 for network in self.networks.values():
                     network.train()
                 yield epoch
@@ -994,7 +926,12 @@ class Run:
             self.losses = torch.zeros(self.steps, len(losses), device=self.compute.device)
         self.losses[self.step] = torch.stack([loss.detach() for loss in losses.values()])
         self.step += 1
-        self.stop_if_interrupted()
+        if self.interrupted:
+            again = f"python {self.args.script}.py --resume --out-dir {self.args.out_dir} goes on"
+            done = (
+                f"{again} after epoch {self.epoch}" if self.epoch else "nothing was saved before the first epoch's end"
+            )
+            raise KeyboardInterrupt(f"interrupted: {done}")
         now = time.perf_counter()
         if now - self.shown > 0.5 and sys.stdout.isatty() and not is_quiet():
             self.shown = now
@@ -1008,29 +945,22 @@ class Run:
         figures = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in losses.items())
         rate = self.step * self.args.batch_size / seconds
         line = f"epoch {done:>{len(str(total))}}/{total}  {figures}  {rate:,.0f} images/s  {clock(left)} left"
-        show_line(line, end="\n" if self.step == self.steps or not sys.stdout.isatty() else "")
-
-    def stop_if_interrupted(self) -> None:
-        if self.interrupted:
-            saved = (
-                f"python {self.args.script}.py --resume --out-dir {self.args.out_dir} goes on after epoch {self.epoch}"
-            )
-            raise KeyboardInterrupt(
-                "interrupted: " + (saved if self.epoch else "nothing was saved before the first epoch's end")
-            )
+        show_line(line, end="\n" if self.step == self.steps else "")
 
     def add(self, figures: dict[str, float]) -> None:
         """More figures for this epoch's row of the log, such as test losses."""
         self.extra |= figures
 
     def end_epoch(self, epoch: int) -> None:
-        losses = self.losses[: self.step].double()
-        for bad in (~losses.isfinite()).nonzero().tolist()[:1]:
-            name = self.names[bad[1]]
-            self.diverged(f"{name} is {losses[bad[0], bad[1]]:g} in epoch {epoch}, step {bad[0] + 1}")
+        losses, faults = self.losses[: self.step].double(), []
+        for step, column in (~losses.isfinite()).nonzero().tolist()[:1]:
+            faults.append(f"{self.names[column]} is {losses[step, column]:g} in epoch {epoch}, step {step + 1}")
         for name, network in self.networks.items():
             if not torch.stack([tensor.isfinite().all() for tensor in network.state_dict().values()]).all():
-                self.diverged(f"the {name} has weights that are not finite after epoch {epoch}")
+                faults.append(f"the {name} has weights that are not finite after epoch {epoch}")
+        if faults:
+            kept = f"the checkpoint of epoch {self.epoch} is kept" if self.epoch else "no checkpoint was written"
+            raise UserError(f"{faults[0]}: {kept}; a lower --lr may help")
         means = losses.mean(0)
         if dist.is_initialized():
             means = means.float()
@@ -1038,64 +968,54 @@ class Run:
             means /= processes()
         seconds = time.perf_counter() - self.started
         rate = self.step * self.args.batch_size / seconds
-        row = {"epoch": epoch, **dict(zip(self.names, means.tolist())), **self.extra}
-        if not is_quiet():
-            tested = {name: value for name, value in self.extra.items() if name.startswith("test loss")}
-            self.show(dict(zip(self.names, means.tolist())) | tested, seconds)
-        self.history.append(row | {"seconds": round(seconds, 3), "images per second": round(rate, 1)})
+        figures = dict(zip(self.names, means.tolist()))
+        self.show(figures | {name: self.extra[name] for name in self.extra if name.startswith("test loss")}, seconds)
+        times = {"seconds": round(seconds, 3), "images per second": round(rate, 1)}
+        self.history.append({"epoch": epoch, **figures, **self.extra, **times})
         # At most one part in 33 of the time goes into saving, however short an epoch is.
         if epoch == self.args.epochs or time.perf_counter() - self.saved_at > 33 * self.saving:
             self.save(epoch)
 
-    def diverged(self, what: str) -> None:
-        kept = f"the checkpoint of epoch {self.epoch} is kept" if self.epoch else "no checkpoint was written"
-        raise UserError(f"{what}: {kept}; a lower --lr may help")
-
     def save(self, epoch: int) -> None:
-        """Write log, curves and checkpoint, each whole; the checkpoint last: it is what a resumed run believes."""
-        started = time.perf_counter()
-        self.epoch = epoch
+        """Write log, curves and checkpoint, each whole; the checkpoint last: it is what a resumed run believes.
+
+        The checkpoint holds tensors, numbers and strings alone, so that it loads without running code.
+        """
+        started, self.epoch = time.perf_counter(), epoch
         if is_quiet():
             return
         with replacing(self.folder / "log.csv") as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, list(self.history[-1]))
             writer.writeheader()
             writer.writerows(self.history)
-        plain = {"epoch", "seconds", "images per second"}
-        curves = {name: [row[name] for row in self.history] for name in self.history[-1] if name not in plain}
+        losses = [name for name in self.history[-1] if name not in ("epoch", "seconds", "images per second")]
+        curves = {name: [row[name] for row in self.history] for name in losses}
         write_picture(self.folder / "losses.png", plot_lines(curves, "epoch", "loss"))
+        checkpoint = dict(
+            format=CHECKPOINT_FORMAT,
+            script=self.args.script,
+            options={name: getattr(self.args, name) for name in self.args.kept},
+            epoch=epoch,
+            networks={name: network.state_dict() for name, network in self.networks.items()},
+            optimizers={name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            history=self.history,
+        )
         buffer = io.BytesIO()  # torch.save into memory first: its own file errors hide the reason
-        torch.save(self.state(), buffer)
+        torch.save(checkpoint, buffer)
         with replacing(self.folder / "checkpoint.pt") as temporary:
             temporary.write_bytes(buffer.getbuffer())
         self.saved_at = time.perf_counter()
         self.saving = self.saved_at - started
 
-    def state(self) -> dict:
-        """The checkpoint: tensors, numbers and strings alone, so that it loads without running code."""
-        return dict(
-            format=CHECKPOINT_FORMAT,
-            script=self.args.script,
-            options=stored_options(self.args),
-            epoch=self.epoch,
-            networks={name: network.state_dict() for name, network in self.networks.items()},
-            optimizers={name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            history=self.history,
-        )
-
     def save_samples(self, images: Tensor) -> None:
         """This epoch's picture of the fixed latents, (N, C, H, W) in [0, 1]; in a notebook it is shown in line."""
-        if is_quiet():
-            return
         picture = to_picture(grid(images))
-        write_picture(self.folder / "samples" / f"epoch-{len(self.history) + 1:04}.png", picture)
+        self.save_picture(f"samples/epoch-{len(self.history) + 1:04}.png", picture)
         if in_notebook():
             from IPython.display import display
 
-            if self.display is None:
-                self.display = display(picture, display_id=True)
-            else:
-                self.display.update(picture)
+            display(picture, display_id=f"samples {id(self)}", update=self.displayed)
+            self.displayed = True
 
     def save_picture(self, name: str, image: Tensor | Image.Image) -> None:
         """A picture of the model's own in the run's folder: float (C, H, W) in [0, 1] or a Pillow image."""
@@ -1106,19 +1026,19 @@ class Run:
         """The figure at a quarter, half, three quarters and all of the epochs, the animation, and the last line."""
         if is_quiet():
             return
+
+        def samples(epochs) -> dict[int, Image.Image]:
+            paths = {epoch: self.folder / "samples" / f"epoch-{epoch:04}.png" for epoch in sorted(set(epochs))}
+            return {epoch: Image.open(path) for epoch, path in paths.items() if path.exists()}
+
         total = self.args.epochs
-        path = "{}/samples/epoch-{:04}.png".format
-        quarters = sorted({max(1, round(total * part / 4)) for part in (1, 2, 3, 4)})
-        shown = [epoch for epoch in quarters if os.path.exists(path(self.folder, epoch))]
-        if shown:
-            panels = [(f"Epoch {epoch}", Image.open(path(self.folder, epoch))) for epoch in shown]
+        quarters = samples(max(1, round(total * part / 4)) for part in (1, 2, 3, 4))
+        moments = samples(1 + round(i * (total - 1) / 39) for i in range(40))
+        if quarters and moments:
+            panels = [(f"Epoch {epoch}", picture) for epoch, picture in quarters.items()]
             write_picture(self.folder / "progress.png", label_panels(panels))
-            moments = sorted({1 + round(i * (total - 1) / 39) for i in range(40)})
-            frames = [
-                Image.open(path(self.folder, epoch)) for epoch in moments if os.path.exists(path(self.folder, epoch))
-            ]
-            write_gif(self.folder / "progress.gif", frames)
-        print(f"{self.args.script}: done, pictures in {self.folder}: look at {self.folder / 'progress.png'}")
+            write_gif(self.folder / "progress.gif", list(moments.values()))
+        show_line(f"{self.args.script}: done, pictures in {self.folder}: look at {self.folder / 'progress.png'}")
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -1135,29 +1055,15 @@ class Sampler(NamedTuple):
     evaluate: Callable | None = None
 
 
-def restore_networks(networks: dict[str, nn.Module], checkpoint: dict, device: torch.device) -> dict[str, nn.Module]:
-    """Networks with the checkpoint's weights on the device, in eval mode; UserError when they don't fit."""
-    try:
-        for name, network in networks.items():
-            network.load_state_dict(checkpoint["networks"][name])
-            network.to(device).eval()
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(f"the checkpoint does not fit this version's networks ({line}): train anew") from error
-    return networks
-
-
 def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = None, chunk: int = 500) -> Iterator:
     """`count` samples in chunks: uint8 (n, C, H, W) on the CPU and their labels (n,) or None. Classes come in turn."""
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, count, chunk):
-        size = min(chunk, count - start)
-        latents = torch.randn(chunk, sampler.latent_size, generator=generator)[:size].to(device)
+        numbers = torch.arange(start, min(start + chunk, count))
+        latents = torch.randn(chunk, sampler.latent_size, generator=generator)[: len(numbers)].to(device)
         labels = None
         if sampler.classes:
-            labels = (
-                torch.arange(start, start + size) % sampler.classes if label is None else torch.full((size,), label)
-            )
+            labels = numbers % sampler.classes if label is None else torch.full_like(numbers, label)
         images = sampler.generate(latents, labels.to(device) if labels is not None else None)
         yield to_bytes(images), labels
 
@@ -1180,7 +1086,7 @@ def sample(args: argparse.Namespace, load_sampler: Callable) -> None:
         write_picture(target, grid(to_unit(images), columns=min(math.ceil(math.sqrt(args.sample)), 100)))
     else:
         write_folder(target, chunks, args.sample)
-    print(f"{args.script}: {args.sample:,} images in {target}")
+    show_line(f"{args.script}: {args.sample:,} images in {target}")
     if as_grid and in_notebook():
         from IPython.display import display
 
@@ -1189,16 +1095,15 @@ def sample(args: argparse.Namespace, load_sampler: Callable) -> None:
 
 def write_folder(folder: Path, chunks: Iterator, count: int) -> None:
     """One PNG an image, 00000.png and on; labelled images in a sub-folder a class."""
-    written, progress = 0, Progress(count, "images")
-    digits = max(5, len(str(count - 1)))
-    others = {path.stem for path in folder.rglob("*.png")} - {f"{i:0{digits}}" for i in range(count)}
+    progress, names = Progress(count, "images"), [f"{i:0{max(5, len(str(count - 1)))}}.png" for i in range(count)]
+    others = {path.name for path in folder.rglob("*.png")} - set(names)
     if others:
-        raise UserError(
-            f"--to {folder}: it holds other images, such as {min(others)}.png, which would mix with the samples"
-        )
+        other = min(others)
+        raise UserError(f"--to {folder}: it holds other images, such as {other}, which would mix with the samples")
+    written = 0
     for images, labels in chunks:
         for i, image in enumerate(images):
             place = folder if labels is None else folder / str(int(labels[i]))
-            write_picture(place / f"{written:0{digits}}.png", to_unit(image))
+            write_picture(place / names[written], to_unit(image))
             written += 1
         progress.update(written)

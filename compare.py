@@ -42,7 +42,6 @@ import csv
 import glob
 import hashlib
 import importlib
-import io
 import itertools
 import json
 import math
@@ -181,11 +180,10 @@ def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Comp
             return judge.eval()
     print(f"training the judge of {name}, once: it is kept as {path}", flush=True)
     judge = train_judge(data, compute, settings["steps"])
-    torch.save(dict(settings=settings, weights=judge.state_dict()), buffer := io.BytesIO())
     try:
         with common.replacing(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-    except common.UserError as error:  # a shared data folder may be read-only
+            torch.save(dict(settings=settings, weights=judge.state_dict()), temporary)
+    except (common.UserError, RuntimeError) as error:  # a shared data folder may be read-only
         print(f"compare: the judge is not kept: {error}")
     return judge
 
@@ -307,8 +305,8 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, per_image: int = 16) -> float
 # -------------------------------------------------------------------------------------------------- the table
 
 
-class Reals:
-    """What the samples of one data set are measured against, and the rows of its table, the floor first.
+class Table:
+    """The real images of one data set, which samples are measured against, and the rows of figures, the floor first.
 
     A row holds "run", "pictures" and figures. UserError when the data is absent or has under 20 images.
     """
@@ -321,7 +319,6 @@ class Reals:
         if len(order) < 20:
             raise common.UserError(f"{dataset} has {len(order)} images: too few to compare with")
         self.judge = load_judge(self.name, train, data_dir, compute)
-        self.shares = self.accuracy = None  # of the classes, as the judge sees them; of the judge on the test images
         if train.labels is None:
             test, picked, order = train, order[: len(order) // 2], order[len(order) // 2 :]
         else:
@@ -338,8 +335,7 @@ class Reals:
             kind = f"test images, {self.accuracy:.2%} known to the judge"
         self.title = f"{self.name}: measured against {len(self.images):,} {kind}"
         self.floor = common.Data(*(part if part is None else part[order] for part in train))
-        pictures = list(self.floor.images[:20])
-        self.rows = [{"run": "real images", "pictures": pictures} | self.measure(*self.floor)]
+        self.rows = [{"run": "real images", "pictures": self.floor.images[:20]} | self.measure(*self.floor)]
 
     def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
         """All figures of samples, uint8 (N, C, H, W), that need nothing else; labels (N,) are the classes asked for."""
@@ -359,13 +355,39 @@ class Reals:
             figures["agreement"] = (classes == labels).double().mean().item()
         return figures
 
+    def add(self, sampler: common.Sampler, row: dict, count: int) -> None:
+        """Complete a run's row: figures of `count` samples, and as pictures twelve of them, then a walk in eight."""
+        chunks, progress = [], common.Progress(count, f"samples of {row['run']}")
+        for chunk in common.draw(sampler, count, 0, self.device):
+            chunks.append(chunk)
+            progress.update(sum(len(images) for images, _ in chunks))
+        images, labels = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*chunks))
+        row |= self.measure(images, labels)
+        start, end = torch.randn(2, WALKS, sampler.latent_size, generator=torch.Generator().manual_seed(1))
+        walks = []
+        for i, path in enumerate(interpolate(start, end, STEPS + 1).to(self.device)):  # (STEPS + 1, latent_size)
+            label = torch.full((len(path),), i % sampler.classes, device=self.device) if sampler.classes else None
+            walks.append(common.to_bytes(sampler.generate(path, label)))
+        features, _ = self.judge.look(torch.cat(walks), self.device)
+        row["walk"] = evenness(features.view(WALKS, STEPS + 1, -1))
+        row["pictures"] = torch.cat([images[:12], walks[1][torch.linspace(0, STEPS, 8).long()]])
+        if sampler.evaluate is not None:
+            common.seed_everything(0)
+            row["ELBO [nats]"] = next(iter(sampler.evaluate(self.images, 1).values()))
+            elbo, bound = sampler.evaluate(self.images[:BOUND_IMAGES]).values()
+            row["bound [nats]"] = row["ELBO [nats]"] + bound - elbo
+        self.rows.append(row)
 
-class Run(NamedTuple):
-    name: str
-    dataset: str
-    size: int | None  # of the images of a folder
-    sampler: common.Sampler
-    figures: dict[str, float]  # what is known without measuring
+
+def compare(runs: list[tuple], args: Namespace, compute: common.Compute) -> list[Table]:
+    """Measure runs, as load_run gives them: a table for each data set among them."""
+    tables: dict[tuple, Table] = {}
+    for i, (images, sampler, row) in enumerate(runs, start=1):
+        if images not in tables:
+            tables[images] = Table(*images, args.data_dir, compute)
+        print(f"compare: measuring {row['run']}, {i} of {len(runs)}", flush=True)
+        tables[images].add(sampler, row, args.samples)
+    return list(tables.values())
 
 
 def scripts() -> set[str]:
@@ -374,8 +396,11 @@ def scripts() -> set[str]:
     return {file.stem for file in files if "\ndef load_sampler(" in file.read_text(encoding="utf-8")}
 
 
-def load_run(folder: str | Path, device: torch.device) -> Run:
-    """A run from its folder. UserError when it has no checkpoint, or one that is damaged or of no script here."""
+def load_run(folder: str | Path, device: torch.device) -> tuple[tuple[str, int | None], common.Sampler, dict]:
+    """A run's data set with the size of its images (of a folder), its sampler, and what needs no measuring of its row.
+
+    UserError when the folder holds no checkpoint, or one that is damaged or of no script here.
+    """
     folder = Path(folder)
     if not (folder / "checkpoint.pt").is_file():
         raise common.UserError(f"{folder} holds no run: there is no checkpoint.pt in it")
@@ -386,52 +411,17 @@ def load_run(folder: str | Path, device: torch.device) -> Run:
         raise common.UserError(f"{folder} is a run of {script!r}: there is no such script here")
     try:
         sampler = importlib.import_module(script).load_sampler(checkpoint, device)
-        minutes = sum(row["seconds"] for row in history) / 60
-        rate = statistics.median(row["images per second"] for row in history)
-        figures = {"parameters": sampler.parameters, "epochs": len(history), "minutes": minutes, "images/s": rate}
+        row = {"run": folder.resolve().name, "parameters": sampler.parameters, "epochs": len(history)}
+        row["minutes"] = sum(epoch["seconds"] for epoch in history) / 60
+        row["images/s"] = statistics.median(epoch["images per second"] for epoch in history)
         if len(history) < options["epochs"]:
-            figures["epochs asked"] = options["epochs"]
+            row["epochs asked"] = options["epochs"]
         dataset = str(options["dataset"])
-        size = None if dataset in common.LABELLED else options["image_size"]
-        return Run(folder.resolve().name, dataset, size, sampler, figures)
+        return (dataset, None if dataset in common.LABELLED else options["image_size"]), sampler, row
+    except common.UserError as error:
+        raise common.UserError(f"{folder}: {error}") from error
     except Exception as error:  # a damaged checkpoint raises whatever its contents lead to
         raise common.UserError(f"{folder}: the checkpoint is damaged ({type(error).__name__}: {error})") from error
-
-
-def measure_run(run: Run, reals: Reals, count: int) -> dict:
-    """A run's row of the table: its figures, and as pictures twelve samples, then a walk in eight."""
-    sampler, chunks, progress = run.sampler, [], common.Progress(count, f"samples of {run.name}")
-    for chunk in common.draw(sampler, count, 0, reals.device):
-        chunks.append(chunk)
-        progress.update(sum(len(images) for images, _ in chunks))
-    images, labels = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*chunks))
-    start, end = torch.randn(2, WALKS, sampler.latent_size, generator=torch.Generator().manual_seed(1))
-    walks = []
-    for i, path in enumerate(interpolate(start, end, STEPS + 1).to(reals.device)):  # (STEPS + 1, latent_size)
-        one_class = torch.full((len(path),), i % sampler.classes, device=reals.device) if sampler.classes else None
-        walks.append(common.to_bytes(sampler.generate(path, one_class)))
-    features, _ = reals.judge.look(torch.cat(walks), reals.device)
-    row = {"run": run.name, **run.figures, **reals.measure(images, labels)}
-    row["walk"] = evenness(features.view(WALKS, STEPS + 1, -1))
-    if sampler.evaluate is not None:
-        common.seed_everything(0)
-        row["ELBO [nats]"] = next(iter(sampler.evaluate(reals.images, 1).values()))
-        elbo, bound = sampler.evaluate(reals.images[:BOUND_IMAGES]).values()
-        row["bound [nats]"] = row["ELBO [nats]"] + bound - elbo
-    row["pictures"] = [*images[:12], *walks[1][torch.linspace(0, STEPS, 8).long()]]
-    return row
-
-
-def compare(runs: list[Run], args: Namespace, compute: common.Compute) -> list[Reals]:
-    """Measure runs: a table for each data set among them."""
-    tables: dict[tuple, Reals] = {}
-    for i, run in enumerate(runs, start=1):
-        key = run.dataset, run.size
-        if key not in tables:
-            tables[key] = Reals(*key, args.data_dir, compute)
-        print(f"compare: measuring {run.name}, {i} of {len(runs)}", flush=True)
-        tables[key].rows.append(measure_run(run, tables[key], args.samples))
-    return list(tables.values())
 
 
 def cell(row: dict, name: str) -> str:
@@ -459,14 +449,14 @@ def panel(row: dict) -> tuple[str, Image.Image]:
     """A row's name and main figures, and its pictures: twelve samples and a walk, or twenty real images."""
     shown = ("Frechet", "precision", "recall", "classes", "sharpness", "noise", "walk")
     caption = "    ".join([row["run"], *(f"{name} {cell(row, name)}" for name in shown if name in row)])
-    tiles = common.to_unit(torch.stack(row["pictures"]))
+    tiles = common.to_unit(row["pictures"])
     tiles = F.interpolate(tiles, scale_factor=max(1, 64 // tiles.shape[-1]), mode="nearest")
     samples, walked = common.grid(tiles[:12], 12), common.grid(tiles[12:], 8)
     gap = torch.ones(*samples.shape[:2], 12)
     return caption.replace("±", "+-"), common.to_picture(torch.cat([samples, gap, walked], dim=2))
 
 
-def report(tables: list[Reals], args: Namespace) -> None:
+def report(tables: list[Table], args: Namespace) -> None:
     """Print the tables and write them, with the picture, to PREFIX.md, .csv, .json and .png."""
     text = "\n".join(f"{table.title}\n\n{lay_out(table.rows)}\n" for table in tables)
     print(f"\n{text}")
@@ -474,15 +464,15 @@ def report(tables: list[Reals], args: Namespace) -> None:
     common.write_picture(f"{args.to}.png", common.label_panels(panels, columns=1))
     rows = [{"dataset": table.name} | row for table in tables for row in table.rows]
     rows = [{name: value for name, value in row.items() if name != "pictures"} for row in rows]
-    sheet = io.StringIO()
-    writer = csv.DictWriter(sheet, dict.fromkeys(["dataset", "run", *COLUMNS, *itertools.chain(*rows)]))
-    writer.writeheader()
-    writer.writerows(rows)
     judges = {table.name: table.accuracy for table in tables}
     results = dict(samples=args.samples, torch=torch.__version__, judge_accuracy=judges, rows=rows)
-    for suffix, content in dict(md=text, csv=sheet.getvalue(), json=json.dumps(results, indent=1) + "\n").items():
+    for suffix, content in dict(md=text, json=json.dumps(results, indent=1) + "\n").items():
         with common.replacing(f"{args.to}.{suffix}") as path:
-            path.write_text(content, encoding="utf-8", newline="")
+            path.write_text(content, encoding="utf-8")
+    with common.replacing(f"{args.to}.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+        sheet = csv.DictWriter(file, dict.fromkeys(["dataset", "run", *COLUMNS, *itertools.chain(*rows)]))
+        sheet.writeheader()
+        sheet.writerows(rows)
     print(f"compare: written to {args.to}.md, .csv, .json and .png: look at {args.to}.png")
 
 
@@ -490,8 +480,6 @@ def report(tables: list[Reals], args: Namespace) -> None:
 
 
 class Trial(NamedTuple):
-    """One combination of a grid, with one seed."""
-
     label: str  # the values that vary, but the seed
     words: list[str]  # the script's options
     folder: Path
@@ -519,14 +507,14 @@ def list_trials(script: str, words: list[str], repeat: int) -> list[Trial]:
         seeds = [str(int(seeds[0]) + i) for i in range(repeat)]
     trials = []
     for *values, seed in itertools.product(*(values or [""] for values in options.values()), seeds):
-        chosen = dict(zip(options, values))
-        label = ", ".join(f"{name[2:]} {chosen[name]}" for name in chosen if len(options[name]) > 1) or script
-        chosen["--seed"] = seed
+        pairs = list(zip(options, values))
+        label = ", ".join(f"{name[2:]} {value}" for name, value in pairs if len(options[name]) > 1)
+        pairs.append(("--seed", seed))
         # Where the data lie and what computes do not make another run.
-        defining = [pair for pair in chosen.items() if pair[0] not in ("--data-dir", "--device")]
+        defining = [pair for pair in pairs if pair[0] not in ("--data-dir", "--device")]
         parts = [f"{name[2:]}={Path(value).name}" if value else name[2:] for name, value in defining]
-        words = [word for pair in chosen.items() for word in pair if word]
-        trials.append(Trial(label, words, Path("grids", "_".join([script, *parts]))))
+        words = [word for pair in pairs for word in pair if word]
+        trials.append(Trial(label or script, words, Path("grids", "_".join([script, *parts]))))
     return trials
 
 
@@ -550,7 +538,7 @@ def train_trials(script: str, trials: list[Trial]) -> list[Trial]:
 
 
 def rank(rows: list[dict]) -> list[dict]:
-    """The floor, then of each name one row of means and deviations, the smallest Frechet distance first."""
+    """The floor, then a row a name with means and deviations over its seeds, the smallest Frechet distance first."""
     ranked = []
     for _, group in itertools.groupby(rows[1:], key=lambda row: row["run"]):
         seeds = list(group)
@@ -564,18 +552,14 @@ def rank(rows: list[dict]) -> list[dict]:
     return [rows[0], *sorted(ranked, key=lambda row: row["Frechet"])]
 
 
-def run(args: Namespace) -> None:
-    """Measure the runs that were named, or train a grid's, rank them and print the command of the best."""
-    compute = common.choose_compute(args)
-    if args.grid is None:
-        # Not all shells expand runs/*.
-        folders = [folder for name in args.words for folder in sorted(glob.glob(name)) or [name]]
-        report(compare([load_run(folder, compute.device) for folder in folders], args, compute), args)
-        return
+def search(args: Namespace, compute: common.Compute) -> None:
+    """Train a grid, rank its runs and print the command of the best."""
     ours = {"--data-dir": args.data_dir, "--device": args.device}
     words = [word for pair in ours.items() if pair[1] not in ("data", "auto") for word in pair]
     trials = train_trials(args.grid, list_trials(args.grid, args.words + words, args.repeat))
-    runs = [load_run(trial.folder, compute.device)._replace(name=trial.label) for trial in trials]
+    runs = [load_run(trial.folder, compute.device) for trial in trials]
+    for (_, _, row), trial in zip(runs, trials):
+        row["run"] = trial.label
     (table,) = compare(runs, args, compute)
     table.rows = rank(table.rows)
     report([table], args)
@@ -583,6 +567,16 @@ def run(args: Namespace) -> None:
     path = Path(__file__).with_name(f"{args.grid}.py")
     path = path.name if path.parent == Path.cwd() else path
     print(f"compare: best by Frechet distance: {shlex.join(['python', str(path), *best.words])}")
+
+
+def run(args: Namespace) -> None:
+    compute = common.choose_compute(args)
+    if args.grid is not None:
+        search(args, compute)
+    else:
+        # Not all shells expand runs/*.
+        folders = [folder for name in args.words for folder in sorted(glob.glob(name)) or [name]]
+        report(compare([load_run(folder, compute.device) for folder in folders], args, compute), args)
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
