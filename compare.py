@@ -341,9 +341,9 @@ class Table:
         """All figures of samples, uint8 (N, C, H, W), that need nothing else; labels (N,) are the classes asked for."""
         features, classes = self.judge.look(images, self.device)
         few = min(len(features), len(self.features), NEIGHBOURHOODS)
-        distance = frechet_distance(self.features, features) / self.features.var(0).sum().item()
+        distance, variance = frechet_distance(self.features, features), self.features.var(0).sum().item()
         precision, recall = precision_and_recall(self.features[:few].float(), features[:few].float())
-        figures = {"Frechet": 100 * distance, "precision": precision, "recall": recall}
+        figures = {"Frechet": 100 * distance / variance, "precision": precision, "recall": recall}
         if self.shares is not None:
             shares = classes.bincount(minlength=len(self.shares)) / len(classes)
             figures["classes"], figures["KL [nats]"] = class_figures(shares, self.shares)
@@ -379,8 +379,9 @@ class Table:
         self.rows.append(row)
 
 
-def compare(runs: list[tuple], args: Namespace, compute: common.Compute) -> list[Table]:
-    """Measure runs, as load_run gives them: a table for each data set among them."""
+def compare(folders: list[str | Path], args: Namespace, compute: common.Compute) -> list[Table]:
+    """Measure the runs in these folders: a table for each data set among them."""
+    runs = [load_run(folder, compute.device) for folder in folders]  # all: what can't be read ends it here
     tables: dict[tuple, Table] = {}
     for i, (images, sampler, row) in enumerate(runs, start=1):
         if images not in tables:
@@ -407,7 +408,7 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[tuple[str, int |
     checkpoint = common.load_checkpoint(folder)
     script, options, history = (checkpoint[name] for name in ("script", "options", "history"))
     # The checkpoint may be anybody's: it may name no code but the scripts beside this one.
-    if not isinstance(script, str) or script not in scripts():
+    if script not in scripts():
         raise common.UserError(f"{folder} is a run of {script!r}: there is no such script here")
     try:
         sampler = importlib.import_module(script).load_sampler(checkpoint, device)
@@ -522,6 +523,7 @@ def train_trials(script: str, trials: list[Trial]) -> list[Trial]:
     """Train what is not trained yet, one run after the other; returns the trials that ended well."""
     module = importlib.import_module(script)
     epochs = [module.parse_args(trial.words).epochs for trial in trials]  # a bad option ends it here
+    print(f"compare: a grid of {len(trials)} runs in grids/; interrupted, the same command goes on", flush=True)
     finished = []
     for i, trial in enumerate(trials):
         begun = (trial.folder / "checkpoint.pt").exists()
@@ -537,12 +539,12 @@ def train_trials(script: str, trials: list[Trial]) -> list[Trial]:
     return finished
 
 
-def rank(rows: list[dict]) -> list[dict]:
-    """The floor, then a row a name with means and deviations over its seeds, the smallest Frechet distance first."""
+def rank(rows: list[dict], labels: list[str]) -> list[dict]:
+    """The floor, then a row a label with means and deviations over its runs, the smallest Frechet distance first."""
     ranked = []
-    for _, group in itertools.groupby(rows[1:], key=lambda row: row["run"]):
-        seeds = list(group)
-        mean = dict(seeds[0])
+    for label in dict.fromkeys(labels):
+        seeds = [row for row, own in zip(rows[1:], labels) if own == label]
+        mean = seeds[0] | {"run": label}
         for name in [name for name in COLUMNS if name in mean]:
             values = [float(row[name]) for row in seeds]
             mean[name] = statistics.fmean(values)
@@ -557,16 +559,13 @@ def search(args: Namespace, compute: common.Compute) -> None:
     ours = {"--data-dir": args.data_dir, "--device": args.device}
     words = [word for pair in ours.items() if pair[1] not in ("data", "auto") for word in pair]
     trials = train_trials(args.grid, list_trials(args.grid, args.words + words, args.repeat))
-    runs = [load_run(trial.folder, compute.device) for trial in trials]
-    for (_, _, row), trial in zip(runs, trials):
-        row["run"] = trial.label
-    (table,) = compare(runs, args, compute)
-    table.rows = rank(table.rows)
+    (table,) = compare([trial.folder for trial in trials], args, compute)
+    table.rows = rank(table.rows, [trial.label for trial in trials])
     report([table], args)
     best = next(trial for trial in trials if trial.label == table.rows[1]["run"])
     path = Path(__file__).with_name(f"{args.grid}.py")
-    path = path.name if path.parent == Path.cwd() else path
-    print(f"compare: best by Frechet distance: {shlex.join(['python', str(path), *best.words])}")
+    command = ["python", path.name if path.parent == Path.cwd() else str(path), *best.words]
+    print(f"compare: best by Frechet distance: {shlex.join(command)}")
 
 
 def run(args: Namespace) -> None:
@@ -576,7 +575,7 @@ def run(args: Namespace) -> None:
     else:
         # Not all shells expand runs/*.
         folders = [folder for name in args.words for folder in sorted(glob.glob(name)) or [name]]
-        report(compare([load_run(folder, compute.device) for folder in folders], args, compute), args)
+        report(compare(folders, args, compute), args)
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
