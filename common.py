@@ -314,7 +314,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 def choose_compute(args: argparse.Namespace) -> Compute:
     """The device and precision of a run, printed with the reason."""
     device = choose_device(args)
-    name = {"cpu": f"cpu, {torch.get_num_threads()} threads"}.get(device.type, device.type)
+    name = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     native = has_native_bf16(device)
     precision = ("bf16" if native else "fp32") if args.precision == "auto" else args.precision
@@ -781,7 +781,7 @@ def plot_lines(curves: dict[str, list[float]], x_label: str, y_label: str) -> Im
         points = [plot.point(i + 1, value) for i, value in enumerate(curve)]
         plot.draw.line(points, colours[name], 4)
         if len(points) == 1:
-            (x, y), *_ = points
+            x, y = points[0]
             plot.draw.ellipse((x - 6, y - 6, x + 6, y + 6), colours[name])
     return plot.finish()
 
@@ -927,17 +927,15 @@ class Run:
         self.losses[self.step] = torch.stack([loss.detach() for loss in losses.values()])
         self.step += 1
         if self.interrupted:
-            again = f"python {self.args.script}.py --resume --out-dir {self.args.out_dir} goes on"
-            done = (
-                f"{again} after epoch {self.epoch}" if self.epoch else "nothing was saved before the first epoch's end"
-            )
-            raise KeyboardInterrupt(f"interrupted: {done}")
+            again = f"python {self.args.script}.py --resume --out-dir {self.folder} goes on after epoch {self.epoch}"
+            nothing = "nothing was saved before the first epoch's end"
+            raise KeyboardInterrupt(f"interrupted: {again if self.epoch else nothing}")
         now = time.perf_counter()
         if now - self.shown > 0.5 and sys.stdout.isatty() and not is_quiet():
             self.shown = now
-            self.show(dict(zip(self.names, self.losses[self.step - 1].tolist())), now - self.started)
+            self.show(dict(zip(self.names, self.losses[self.step - 1].tolist())), now - self.started, end="")
 
-    def show(self, losses: dict[str, float], seconds: float) -> None:
+    def show(self, losses: dict[str, float], seconds: float, end: str = "\n") -> None:
         """The progress line, `seconds` into an epoch."""
         done, total = len(self.history) + 1, self.args.epochs
         per_epoch = self.history[-1]["seconds"] if self.history else seconds * self.steps / self.step
@@ -945,7 +943,7 @@ class Run:
         figures = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in losses.items())
         rate = self.step * self.args.batch_size / seconds
         line = f"epoch {done:>{len(str(total))}}/{total}  {figures}  {rate:,.0f} images/s  {clock(left)} left"
-        show_line(line, end="\n" if self.step == self.steps else "")
+        show_line(line, end)
 
     def add(self, figures: dict[str, float]) -> None:
         """More figures for this epoch's row of the log, such as test losses."""
@@ -1095,15 +1093,13 @@ def sample(args: argparse.Namespace, load_sampler: Callable) -> None:
 
 def write_folder(folder: Path, chunks: Iterator, count: int) -> None:
     """One PNG an image, 00000.png and on; labelled images in a sub-folder a class."""
-    progress, names = Progress(count, "images"), [f"{i:0{max(5, len(str(count - 1)))}}.png" for i in range(count)]
-    others = {path.name for path in folder.rglob("*.png")} - set(names)
-    if others:
-        other = min(others)
+    written, progress, digits = 0, Progress(count, "images"), max(5, len(str(count - 1)))
+    others = {path.name for path in folder.rglob("*.png")} - {f"{i:0{digits}}.png" for i in range(count)}
+    for other in sorted(others)[:1]:
         raise UserError(f"--to {folder}: it holds other images, such as {other}, which would mix with the samples")
-    written = 0
     for images, labels in chunks:
         for i, image in enumerate(images):
             place = folder if labels is None else folder / str(int(labels[i]))
-            write_picture(place / names[written], to_unit(image))
+            write_picture(place / f"{written:0{digits}}.png", to_unit(image))
             written += 1
         progress.update(written)
