@@ -6,14 +6,14 @@
     python crawl_anime.py --forget safebooru-123              # remove a post's crops, never fetch it again
     python dcgan.py --dataset anime                           # train on the result
 
-A site's public API lists posts, newest first; each picture is fetched once, its faces are found by nagadomi's
-cascade of local binary patterns, cut out as 256x256 squares and noted in metadata.csv, which is the credit
-list, the log and the place to go on from: a crawl stopped at any moment goes on where it was. The pictures
-belong to the artists who drew them: keep the crops to yourself, and take out what an artist asks you to.
+A site's public API lists posts, newest first; each picture is fetched once, its faces are found by nagadomi's cascade
+of local binary patterns, cut out as 256x256 squares and noted in metadata.csv: the credit list, the log and the place
+to go on from, wherever a crawl was stopped. The pictures belong to the artists who drew them: keep the crops to
+yourself, and take out what an artist asks you to.
 
-The detector is OpenCV 4's detectMultiScale(equalizeHist(grey), 1.1, 5) in torch: on 79 illustrations of at
-most 1000 pixels it finds the same 48 faces (45 of them to the pixel), in 0.19 s of one core each. With 0.6
-usable faces a picture, as there, and a picture a second, 2,000 faces take about an hour.
+The detector is OpenCV 4's detectMultiScale(equalizeHist(grey), 1.1, 5) in torch: on 79 illustrations of at most 1000
+pixels it finds the same 48 faces (45 of them to the pixel), in 0.19 s of one core each. With 0.6 usable faces a
+picture, as there, and a picture a second, 2,000 faces take about an hour.
 """
 
 # /// script
@@ -66,21 +66,17 @@ TIMEOUT, DEADLINE = 20, 120  # seconds: for one operation on a socket, and for a
 PATIENCE = 600  # seconds that a Retry-After may ask for before the crawl ends instead
 SLOWEST, GRACE = 2048, 10  # bytes a second that an answer must come at, but for its first seconds
 MAX_BYTES, MAX_PIXELS = 20 * 2**20, 40_000_000
-
 FORMATS, SUFFIXES = ["JPEG", "PNG", "WEBP", "GIF"], (".jpg", ".jpeg", ".png", ".webp", ".gif")
 RATINGS = ("general", "sensitive", "questionable", "explicit")
 FACELESS_TAGS = set("photo_(medium) 3d monochrome greyscale sketch lineart comic no_humans animated".split())
-
 CASCADE_FILE = "data/lbpcascade_animeface.xml"
 CASCADE_HOME = "https://raw.githubusercontent.com/nagadomi/lbpcascade_animeface"
 CASCADE_URL = f"{CASCADE_HOME}/4433ab1ae1166ea75acfe99eb0f18709dac329a0/lbpcascade_animeface.xml"
 CASCADE_SHA256 = "9376d30ac38db6bda2a68b88b3b76bbd7e6aa33af47f7f5c76bc88ca75f1ce30"
-DETECTION_SIZE = 1000  # larger pictures are shrunk to this, in pixels, before the detector looks
-SMALLEST_FACE = 48  # pixels of the shrunk picture: what the detector was measured with
-# A crop under these is dropped, as none to 0.3 % of 3,000 faces of the usual data set would be.
-GREYEST = 8  # mean of an image's largest minus smallest channel, of 255
-BLURRIEST = 100  # variance of its Laplacian at 64x64
-NEAREST = 4  # of a hash's 64 bits that differ
+DETECTION_SIZE, SMALLEST_FACE = 1000, 48  # pixels: what pictures are shrunk to, and what the detector was measured with
+# Crops under these are dropped, as none to 0.3 % of 3,000 faces of the usual data set would be: mean of the largest
+# less the smallest channel (of 255), variance of the Laplacian at 64x64, bits of 64 in which two hashes differ.
+GREYEST, BLURRIEST, NEAREST = 8, 100, 4
 
 
 class SourceError(common.UserError):
@@ -110,7 +106,7 @@ class Post(NamedTuple):
     artist: str = ""
     source: str = ""  # where the site has it from: often the artist's own page
     rating: str = ""
-    tags: frozenset[str] = frozenset()
+    unwanted: str = ""  # "rating", "tag" or "": why it is not worth a request
 
 
 class Site(NamedTuple):
@@ -120,10 +116,10 @@ class Site(NamedTuple):
     home: str
     search: str  # path and query, with a place for the tags
     page: str  # path of a post's page, with a place for its id
-    ratings: dict[str, str]  # any other is questionable
+    ratings: dict[str, str]  # all others are questionable
     general: str = ""  # a tag that asks for the general rating alone
-    tags: str = "1girl solo"
     before: str = ""  # what a query ends with to go on below an id; without it, a tag says so
+    tags: str = "1girl solo"
 
     def query(self, tags: str, below: int | None) -> str:
         """Paging by id instead of by number is never too deep, and posts that arrive meanwhile shift nothing."""
@@ -133,17 +129,10 @@ class Site(NamedTuple):
 
 
 GELBOORU = "/index.php?page=dapi&s=post&q=index&json=1&limit=100&pid=0&tags={}", "/index.php?page=post&s=view&id={}"
-MOEBOORU = "/post.json?tags={}&limit=100&page=1", "/post/show/{}", {"s": "general", "e": "explicit"}, "rating:s", ""
-DANBOORU = (
-    "/posts.json?tags={}&limit=200",
-    "/posts/{}",
-    dict(zip("gsqe", RATINGS)),
-    "rating:g",
-    "1girl solo",
-    "&page=b{}",
-)
+DANBOORU = "/posts.json?tags={}&limit=200", "/posts/{}", dict(zip("gsqe", RATINGS)), "rating:g", "&page=b{}"
+MOEBOORU = "/post.json?tags={}&limit=100&page=1", "/post/show/{}", {"s": "general", "e": "explicit"}, "rating:s", "", ""
 SITES = {
-    "safebooru": Site("safebooru", "https://safebooru.org", *GELBOORU, {"safe": "general", **{r: r for r in RATINGS}}),
+    "safebooru": Site("safebooru", "https://safebooru.org", *GELBOORU, dict(zip(RATINGS, RATINGS), safe="general")),
     "danbooru": Site("danbooru", "https://danbooru.donmai.us", *DANBOORU),
     "yandere": Site("yandere", "https://yande.re", *MOEBOORU),
     "konachan": Site("konachan", "https://konachan.net", *MOEBOORU),
@@ -155,11 +144,11 @@ def printable(text: object, length: int = 300) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text)[:length])
 
 
-def read_post(site: Site, raw: object) -> Post | None:
+def read_post(site: Site, ratings: list[str], raw: object) -> Post | None:
     """A post from its JSON, in which any field may be missing or of another type; None without an id."""
     if not isinstance(raw, dict) or not re.fullmatch(r"[1-9]\d{0,15}", str(raw.get("id")), re.ASCII):
         return None
-    texts = {key: str(value) for key, value in raw.items() if isinstance(value, str | int)}
+    texts = ((key, str(value)) for key, value in raw.items() if isinstance(value, str | int))
     field = collections.defaultdict(str, texts)
     sample, original = field["sample_url"] or field["large_file_url"], field["file_url"]
     if not original and field["directory"] and field["image"]:  # Gelbooru's older answers give only parts
@@ -171,19 +160,20 @@ def read_post(site: Site, raw: object) -> Post | None:
         with contextlib.suppress(ValueError):  # an address that is none
             if urlsplit(address := urljoin(site.home + "/", address)).path.lower().endswith(SUFFIXES):
                 files[address] = md5
-    page, tags = site.home + site.page.format(field["id"]), (field["tag_string"] or field["tags"]).split()
-    artist, source = printable(field["tag_string_artist"]), printable(field["source"])
     rating = site.ratings.get(field["rating"], "questionable")
-    return Post(site.name, field["id"], page, files, artist, source, rating, frozenset(tags))
+    faceless = FACELESS_TAGS.intersection((field["tag_string"] or field["tags"]).split())
+    unwanted = "rating" if rating not in ratings else "tag" if faceless else ""
+    page, artist = site.home + site.page.format(field["id"]), printable(field["tag_string_artist"])
+    return Post(site.name, field["id"], page, files, artist, printable(field["source"]), rating, unwanted)
 
 
-def site_posts(fetcher: Fetcher, site: Site, tags: str) -> Iterator[Post]:
+def site_posts(fetcher: Fetcher, site: Site, tags: str, ratings: list[str]) -> Iterator[Post]:
     """All posts of a query, newest first, as far as the source goes."""
     below = None
     while True:
         try:
             body = fetcher.fetch(site.home + site.query(tags, below), is_picture=False)
-            page = json.loads(body) if body.strip() else []
+            page = json.loads(body.strip() or "[]")
         except Unusable as error:
             raise SourceError(f"{site.home} refuses or fails: {error}") from error
         except (ValueError, RecursionError) as error:
@@ -193,7 +183,7 @@ def site_posts(fetcher: Fetcher, site: Site, tags: str) -> Iterator[Post]:
             raise SourceError(f"{site.home} answers: {printable(message)}")
         if not page:
             return
-        posts = [post for raw in page if (post := read_post(site, raw))]
+        posts = [post for raw in page if (post := read_post(site, ratings, raw))]
         lowest = min((int(post.id) for post in posts), default=math.inf)
         if lowest >= (below or math.inf):
             raise SourceError(f"{site.home} gives the same posts again: it does not page by id")
@@ -202,30 +192,30 @@ def site_posts(fetcher: Fetcher, site: Site, tags: str) -> Iterator[Post]:
 
 
 def find_posts(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[Post]]:
-    """Who fetches the pictures, unless they are on this disk, and all that the options ask for."""
-
-    def name(data: bytes) -> str:
-        return hashlib.sha256(data).hexdigest()[:16]
-
+    """Who fetches the pictures, unless they are on this disk, and all posts that the options ask for."""
     if args.from_dir:
-        files = (path for path in sorted(Path(args.from_dir).resolve().rglob("*")) if path.suffix.lower() in SUFFIXES)
-        pictures = [path for path in files if Path(args.to).resolve() not in path.parents and path.is_file()]
-        return None, [Post("file", name(os.fsencode(path)), path.as_uri(), {str(path): ""}) for path in pictures]
+        paths = [path for path in sorted(Path(args.from_dir).resolve().rglob("*")) if path.suffix.lower() in SUFFIXES]
+        paths = [path for path in paths if Path(args.to).resolve() not in path.parents and path.is_file()]
+        return None, [Post("file", digest(os.fsencode(path)), path.as_uri(), {str(path): ""}) for path in paths]
     if args.urls:
         lines = [line.strip() for line in Path(args.urls).read_text("utf-8", "replace").splitlines()]
         lines = [line for line in lines if line and not line.startswith("#")]
-        hosts = {host.lower() for line in lines for host in re.findall("^https://([^/:?#]+)", line, re.IGNORECASE)}
-        posts = [Post("url", name(line.encode()), printable(line, 2000), {line: ""}) for line in lines]
+        hosts = {host for line in lines for host in re.findall("^https://([^/:?#]+)", line.lower())}
+        posts = [Post("url", digest(line.encode()), printable(line, 2000), {line: ""}) for line in lines]
         return Fetcher(hosts, args.base_url, args.delay), posts
     site = SITES[args.site]
     hosts = {urlsplit(site.home).hostname.removeprefix("danbooru.")}  # Danbooru's files are on cdn.donmai.us
     if args.base_url:
-        host = urlsplit(args.base_url).hostname
-        hosts, site = set(), site._replace(name=re.sub(r"[^a-z0-9.]", "_", host), home=args.base_url)
+        name = re.sub(r"[^a-z0-9.]", "_", urlsplit(args.base_url).hostname)
+        hosts, site = set(), site._replace(name=name, home=args.base_url)
     tags = site.tags if args.tags is None else args.tags
     tags = f"{tags} {site.general if args.rating == ['general'] else ''}".strip()
     fetcher = Fetcher(hosts, args.base_url, args.delay)
-    return fetcher, site_posts(fetcher, site, tags)
+    return fetcher, site_posts(fetcher, site, tags, args.rating)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------- fetching, politely
@@ -234,8 +224,8 @@ def find_posts(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[Post]
 class Fetcher:
     """Gets files under the rules of manners and safety, one request at a time.
 
-    `hosts` are the source's own, with all below them; `base_url` names one more, which the user vouches for.
-    `delay` is the time between the starts of two requests to a host, in seconds.
+    `hosts` are the source's own, with all below them; `base_url` names one more, which the user vouches for. `delay` is
+    the time between the starts of two requests to a host, in seconds.
     """
 
     def __init__(self, hosts: set[str], base_url: str | None, delay: float):
@@ -273,19 +263,19 @@ class Fetcher:
         raise Unusable("too many redirects")
 
     def check(self, address: str) -> SplitResult:
-        """The rule for every address, at every redirect: https at its usual port on one of the source's own
-        hosts; or exactly the scheme, host and port of --base-url, which alone may be plain http or private.
-        """
+        """The rule at every redirect: https, its usual port and one of the source's own hosts, or --base-url's."""
         try:
             parts = urlsplit(address)
             scheme, host, port = origin(parts)
+            host.encode("idna")
         except ValueError as error:
             raise Unusable("not an address") from error
-        if (scheme, host, port) != self.trusted:
-            if scheme != "https" or port != 443 or "@" in parts.netloc:
-                raise Unusable("not an https address")
-            if not any(f".{host}".endswith(f".{own}") for own in self.hosts):
-                raise Unusable("on a foreign host")
+        if (scheme, host, port) == self.trusted:
+            return parts
+        if scheme != "https" or port != 443 or "@" in parts.netloc:
+            raise Unusable("not an https address")
+        if not any(f".{host}".endswith(f".{own}") for own in self.hosts):
+            raise Unusable("on a foreign host")
         return parts
 
     def get(self, parts: SplitResult, is_picture: bool) -> bytes | str:
@@ -305,8 +295,6 @@ class Fetcher:
                 if time.monotonic() - started >= DEADLINE:  # what the alarm cut short can look whole
                     raise Unusable("too slow", again=True)
                 return answer
-        except UnicodeError as error:
-            raise Unusable("not an address") from error
         except (OSError, http.client.HTTPException) as error:
             raise Unusable(f"no answer ({type(error).__name__})", again=True) from error
 
@@ -317,7 +305,7 @@ class Fetcher:
         public = [address.is_global and not address.is_multicast for address in map(ipaddress.ip_address, found)]
         if (scheme, host, port) != self.trusted and not all(public):
             raise Unusable("on a private network")
-        connection = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[scheme](host, port)
+        connection = (http.client.HTTPConnection if scheme == "http" else http.client.HTTPSConnection)(host, port)
         for address in found:
             with contextlib.suppress(OSError):
                 connection.sock = socket.create_connection((address, port), TIMEOUT)
@@ -431,7 +419,7 @@ def allowed(robots: str, parts: SplitResult) -> bool:
     return longest[1]
 
 
-# ---------------------------------------------------------------------------------------- detection, in torch
+# --------------------------------------------------------------------------- faces, in torch, and their crops
 
 
 class Stage(NamedTuple):
@@ -561,13 +549,10 @@ def merge(windows: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     return [a[:3] for a in strong if not any(a is not b and b[3] > max(3, a[3]) and inside(a, b) for b in strong)]
 
 
-# ------------------------------------------------------------------------------------- from pictures to crops
-
-
 class Crop(NamedTuple):
     jpeg: bytes
     box: tuple[int, int, int]  # left, top and side of the face in the picture, pixels
-    hash: int  # 64 bits
+    hash: int  # a difference hash: whether each of 8x8 grey areas is darker than the next one to the right
     flaw: str  # "grey", "blurred" or ""
 
 
@@ -610,9 +595,10 @@ def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> Crop:
     left = min(max(round(left + face / 2 - side / 2), 0), image.width - side)
     top = min(max(round(top + face / 2 - raised - side / 2), 0), image.height - side)
     crop = image.resize((256, 256), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
-    file = io.BytesIO()
-    crop.save(file, "JPEG", quality=95)
-    return Crop(file.getvalue(), box, difference_hash(crop), flaw(crop))
+    crop.save(jpeg := io.BytesIO(), "JPEG", quality=95)
+    grey = to_tensor(crop.convert("L").resize((9, 8), Image.Resampling.BOX))[..., 0]
+    bits = (grey[:, :-1] < grey[:, 1:]).flatten().tolist()
+    return Crop(jpeg.getvalue(), box, sum(bit << place for place, bit in enumerate(bits)), flaw(crop))
 
 
 def flaw(crop: Image.Image) -> str:
@@ -622,13 +608,7 @@ def flaw(crop: Image.Image) -> str:
     if (pixels.amax(2) - pixels.amin(2)).mean() < GREYEST:
         return "grey"
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
-    return "blurred" if laplacian.clamp(-128, 127).var() < BLURRIEST else ""
-
-
-def difference_hash(crop: Image.Image) -> int:
-    """64 bits: whether each of 8x8 grey areas is darker than the next one to the right."""
-    grey = to_tensor(crop.convert("L").resize((9, 8), Image.Resampling.BOX))[..., 0]
-    return sum(bit << place for place, bit in enumerate((grey[:, :-1] < grey[:, 1:]).flatten().tolist()))
+    return "blurred" if laplacian.clamp(-128, 127).var(correction=0) < BLURRIEST else ""
 
 
 # ----------------------------------------------------------------------------------- the folder and its state
@@ -637,8 +617,8 @@ def difference_hash(crop: Image.Image) -> int:
 class Folder:
     """A folder of crops with its metadata.csv: a row a post, of which the last one holds.
 
-    outcome: "faces" (at least one crop), "none" (no crop, for the reason), "skipped" (not to be had or
-    used), "failed" (worth a try in another crawl) or "forgotten". Crops are on the disk before their row is.
+    outcome: "faces" (at least one crop), "none" (no crop, for the reason), "skipped" (not to be had or used), "failed"
+    (worth a try in another crawl) or "forgotten". Crops are on the disk before their row is.
     """
 
     FIELDS = ("site", "id", "page", "artist", "source", "rating", "outcome", "reason", "crops", "boxes", "hashes")
@@ -652,8 +632,7 @@ class Folder:
         data = self.table.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]  # without a row that a kill or a full disk tore
         try:
-            reader = csv.DictReader(io.StringIO(whole.decode()))
-            rows = list(reader)
+            rows = list(reader := csv.DictReader(io.StringIO(whole.decode())))
             if tuple(reader.fieldnames or ()) != self.FIELDS or any(None in (*row, *row.values()) for row in rows):
                 raise ValueError("other columns")
         except (csv.Error, ValueError) as error:
@@ -663,18 +642,18 @@ class Folder:
         self.hashes = [int(word, 16) for row in self.rows.values() for word in row["hashes"].split()]
         self.faces = sum(len(row["crops"].split()) for row in self.rows.values())
 
-    def write(self, path: Path, mode: str, rows: Iterable[dict]) -> None:
-        with open(path, mode, newline="", encoding="utf-8") as file:
+    def replace(self, rows: Iterable[dict]) -> None:
+        with common.replacing(self.table) as temporary:
+            self.append(temporary, rows)
+
+    def append(self, path: Path, rows: Iterable[dict]) -> None:
+        with open(path, "a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.FIELDS, extrasaction="ignore", lineterminator="\n")
-            if mode == "w":
+            if file.tell() == 0:
                 writer.writeheader()
             writer.writerows(rows)
             file.flush()
             os.fsync(file.fileno())
-
-    def replace(self, rows: Iterable[dict]) -> None:
-        with common.replacing(self.table) as temporary:
-            self.write(temporary, "w", rows)
 
     def knows(self, post: Post) -> bool:
         return self.rows.get((post.site, post.id), {}).get("outcome", "failed") != "failed"
@@ -687,18 +666,18 @@ class Folder:
             if why := crop.flaw or ("near-duplicate" if near else ""):
                 dropped.append(why)
                 continue
-            kept[f"{post.site}-{post.id}-{len(kept)}.jpg"] = crop
+            name = f"{post.site}-{post.id}-{len(kept)}.jpg"
+            with common.replacing(self.path / name) as temporary:
+                temporary.write_bytes(crop.jpeg)
+            kept[name] = crop
             self.hashes.append(crop.hash)
         if outcome == "faces" and not kept:
             outcome, reason = "none", ", ".join(dict.fromkeys(dropped)) or "no face"
-        for name, crop in kept.items():
-            with common.replacing(self.path / name) as temporary:
-                temporary.write_bytes(crop.jpeg)
         boxes = " ".join(",".join(map(str, crop.box)) for crop in kept.values())
         hashes = " ".join(f"{crop.hash:016x}" for crop in kept.values())
         result = dict(outcome=outcome, reason=reason, crops=" ".join(kept), boxes=boxes, hashes=hashes)
         self.rows[post.site, post.id] = post._asdict() | result
-        self.write(self.table, "a", [self.rows[post.site, post.id]])
+        self.append(self.table, [self.rows[post.site, post.id]])
         self.faces += len(kept)
         return dropped or ([reason] if reason else [])
 
@@ -739,47 +718,40 @@ def crawl(args: argparse.Namespace) -> None:
         fetcher, posts = find_posts(args)
         how = (find_cascade(args.cascade) if args.detector == "lbp" else None, args.min_face, args.margin)
         print(f"{AGENT}: {args.to} has {folder.faces:,} faces of {len(folder.rows):,} posts", flush=True)
-        total = args.limit or len(posts)
         new = (post for post in posts if not folder.knows(post))
-        # A site's posts are fetched one at a time, so that a killed crawl has fetched at most one in vain.
-        workers = 0 if fetcher else len(posts) // 8
-        results = common.map_in_processes(crop_post, new, workers, fetcher, args.rating, how)
-        end = collect(results, folder, args.limit, total, fetcher)
+        # Pictures are fetched one at a time, so that a killed crawl has fetched at most one in vain.
+        results = common.map_in_processes(crop_post, new, 0 if fetcher else len(posts) // 8, fetcher, how)
+        end = collect(results, folder, args.limit, 0 if args.limit else len(posts), fetcher)
         print(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
         name = "anime" if Path(args.to).resolve() == Path("data/anime").resolve() else shlex.quote(args.to)
         advice = f"next: python dcgan.py --dataset {name}" if folder.faces else "no face yet: try other --tags"
         print(f"{AGENT}: {advice}")
 
 
-def crop_post(post: Post, fetcher: Fetcher | None, ratings: list[str], how: tuple) -> tuple:
+def crop_post(post: Post, fetcher: Fetcher | None, how: tuple) -> tuple:
     """A post with its outcome, reason and crops: what Folder.add takes."""
     torch.set_num_threads(1)  # more would be no faster, and a folder's pictures have a process on every core
     try:
-        picture = fetch_picture(post, fetcher, ratings) if fetcher else next(iter(post.files))
-        return post, "faces", "", crop_faces(picture, *how)
+        return post, "faces", "", crop_faces(fetch_picture(post, fetcher) if fetcher else next(iter(post.files)), *how)
     except Unusable as error:
         failed = error.again or error.status in (401, 403)
         return post, "failed" if failed else "skipped", str(error), []
 
 
-def fetch_picture(post: Post, fetcher: Fetcher, ratings: list[str]) -> bytes:
-    """The first of a post's files that is there. Raises Unusable, at once for a post that is not worth a request."""
-    if post.rating not in ("", *ratings):
-        raise Unusable("rating")
-    if post.tags & FACELESS_TAGS:
-        raise Unusable("tag")
-    missing = Unusable("no picture")
-    for address, md5 in post.files.items():
+def fetch_picture(post: Post, fetcher: Fetcher) -> bytes:
+    """The first of a post's files that is there. Raises Unusable."""
+    missing = Unusable(post.unwanted or "no picture")
+    for address, md5 in () if post.unwanted else post.files.items():
         try:
             body = fetcher.fetch(address)
         except Unusable as error:
             if error.status not in (404, 410):
                 raise
             missing = error
-            continue
-        if len(md5) == 32 and hashlib.md5(body, usedforsecurity=False).hexdigest() != md5.lower():
-            raise Unusable("damaged: another MD5")
-        return body
+        else:
+            if len(md5) == 32 and hashlib.md5(body, usedforsecurity=False).hexdigest() != md5.lower():
+                raise Unusable("damaged: another MD5")
+            return body
     raise missing
 
 
@@ -866,20 +838,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--base-url goes with --site or --urls")
     if args.delay < 1 and urlsplit(args.base_url or "").hostname not in ("localhost", "127.0.0.1", "::1"):
         parser.error("--delay: at least a second between two requests; less is for a --base-url on this machine")
-    args.site = args.site or "safebooru"
+    args.site, args.limit = args.site or "safebooru", args.limit or (None if args.urls or args.from_dir else 2000)
     args.forget = [(site or args.site, id) for site, id in args.forget or ()]
-    if not (args.limit or args.urls or args.from_dir):
-        args.limit = 2000
     return args
 
 
 def web_address(text: str) -> str:
-    """An argparse type: an http or https address without its last slash."""
-    with contextlib.suppress(ValueError):
-        scheme, host, _ = origin(urlsplit(text))
-        if scheme in ("http", "https") and host:
-            return text.rstrip("/")
-    raise argparse.ArgumentTypeError(f"{text!r} is no http or https address")
+    """An argparse type: an http or https address without its last slash. Raises ValueError."""
+    scheme, host, _ = origin(urlsplit(text))
+    if scheme not in ("http", "https") or not host:
+        raise ValueError(text)
+    return text.rstrip("/")
 
 
 def post_name(text: str) -> tuple[str, str]:

@@ -496,6 +496,35 @@ def test_a_name_that_leads_into_a_private_network_is_refused(monkeypatch, addres
         crawl_anime.Fetcher({"safebooru.org"}, None, 0).fetch("https://safebooru.org/a.png", is_picture=False)
 
 
+def test_the_connection_goes_to_the_very_address_that_was_checked(monkeypatch):
+    """A name that leads elsewhere when it is looked up again (DNS rebinding) finds nobody who looks."""
+    answers, connected, names = [["93.184.215.14", "93.184.215.15"], ["10.0.0.1"]], [], []
+
+    def look_up(host, port, **_):
+        return [(0, 0, 0, "", (address, port)) for address in answers.pop(0)]
+
+    def connect(address, *_):
+        connected.append(address)
+        if len(connected) == 1:
+            raise OSError("the first address is down")
+        return "socket"
+
+    class Context:
+        def wrap_socket(self, connection, server_hostname):
+            names.append(server_hostname)
+            raise OSError("far enough")
+
+    monkeypatch.setattr(crawl_anime.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(crawl_anime.socket, "create_connection", connect)
+    monkeypatch.setattr(crawl_anime.ssl, "create_default_context", Context)
+    monkeypatch.setattr(crawl_anime.http.client, "HTTPSConnection", crawl_anime.http.client.HTTPConnection)
+    monkeypatch.setattr(crawl_anime, "TRIES", 1)
+    with pytest.raises(crawl_anime.Unusable, match="no answer"):
+        crawl_anime.Fetcher({"safebooru.org"}, None, 0).fetch("https://safebooru.org/a.png", is_picture=False)
+    assert connected == [("93.184.215.14", 443), ("93.184.215.15", 443)]
+    assert names == ["safebooru.org"] and answers == [["10.0.0.1"]]
+
+
 # ------------------------------------------------------------------------------------------------------ state
 
 
