@@ -506,16 +506,16 @@ def list_trials(script: str, words: list[str], repeat: int) -> list[Trial]:
         if len(seeds) > 1 or not seeds[0].isdigit():
             raise common.UserError("--repeat counts seeds up from one --seed: give a single whole number")
         seeds = [str(int(seeds[0]) + i) for i in range(repeat)]
+    options["--seed"] = seeds  # the last, so that the seeds of a combination follow each other
     trials = []
-    for *values, seed in itertools.product(*(values or [""] for values in options.values()), seeds):
+    for values in itertools.product(*(values or [""] for values in options.values())):
         pairs = list(zip(options, values))
-        label = ", ".join(f"{name[2:]} {value}" for name, value in pairs if len(options[name]) > 1)
-        pairs.append(("--seed", seed))
+        label = ", ".join(f"{name[2:]} {value}" for name, value in pairs[:-1] if len(options[name]) > 1) or script
+        words = [word for pair in pairs for word in pair if word]
         # Where the data lie and what computes do not make another run.
         defining = [pair for pair in pairs if pair[0] not in ("--data-dir", "--device")]
-        parts = [f"{name[2:]}={Path(value).name}" if value else name[2:] for name, value in defining]
-        words = [word for pair in pairs for word in pair if word]
-        trials.append(Trial(label or script, words, Path("grids", "_".join([script, *parts]))))
+        parts = [f"{name[2:]}={Path(value).name}".strip("=") for name, value in defining]
+        trials.append(Trial(label, words, Path("grids", "_".join([script, *parts]))))
     return trials
 
 
@@ -554,28 +554,24 @@ def rank(rows: list[dict], labels: list[str]) -> list[dict]:
     return [rows[0], *sorted(ranked, key=lambda row: row["Frechet"])]
 
 
-def search(args: Namespace, compute: common.Compute) -> None:
-    """Train a grid, rank its runs and print the command of the best."""
+def run(args: Namespace) -> None:
+    """Measure the runs that were named, or train a grid's, rank them and print the command of the best."""
+    compute = common.choose_compute(args)
+    if args.grid is None:
+        # Not all shells expand runs/*.
+        folders = [folder for name in args.words for folder in sorted(glob.glob(name)) or [name]]
+        report(compare(folders, args, compute), args)
+        return
+    script = Path(__file__).with_name(args.grid.removesuffix(".py") + ".py")
     ours = {"--data-dir": args.data_dir, "--device": args.device}
     words = [word for pair in ours.items() if pair[1] not in ("data", "auto") for word in pair]
-    trials = train_trials(args.grid, list_trials(args.grid, args.words + words, args.repeat))
+    trials = train_trials(script.stem, list_trials(script.stem, args.words + words, args.repeat))
     (table,) = compare([trial.folder for trial in trials], args, compute)
     table.rows = rank(table.rows, [trial.label for trial in trials])
     report([table], args)
     best = next(trial for trial in trials if trial.label == table.rows[1]["run"])
-    path = Path(__file__).with_name(f"{args.grid}.py")
-    command = ["python", path.name if path.parent == Path.cwd() else str(path), *best.words]
+    command = ["python", script.name if script.parent == Path.cwd() else str(script), *best.words]
     print(f"compare: best by Frechet distance: {shlex.join(command)}")
-
-
-def run(args: Namespace) -> None:
-    compute = common.choose_compute(args)
-    if args.grid is not None:
-        search(args, compute)
-    else:
-        # Not all shells expand runs/*.
-        folders = [folder for name in args.words for folder in sorted(glob.glob(name)) or [name]]
-        report(compare(folders, args, compute), args)
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -593,10 +589,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args, args.words = parser.parse_known_args(argv)
     if args.grid is None and (args.repeat > 1 or not args.words):
         parser.error("name the folders of the runs to compare, as runs/*, or with --grid SCRIPT what to train")
-    if args.grid is not None:
-        args.grid = args.grid.removesuffix(".py")
-        if args.grid not in scripts():
-            parser.error(f"--grid takes one of {', '.join(sorted(f'{name}.py' for name in scripts()))}")
+    if args.grid is not None and args.grid.removesuffix(".py") not in scripts():
+        parser.error(f"--grid takes one of {', '.join(sorted(f'{name}.py' for name in scripts()))}")
     return args
 
 
