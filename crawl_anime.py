@@ -34,7 +34,6 @@ import http.client
 import io
 import ipaddress
 import json
-import math
 import os
 import random
 import re
@@ -184,8 +183,8 @@ def site_posts(fetcher: Fetcher, site: Site, tags: str, ratings: list[str]) -> I
         if not page:
             return
         posts = [post for raw in page if (post := read_post(site, ratings, raw))]
-        lowest = min((int(post.id) for post in posts), default=math.inf)
-        if lowest >= (below or math.inf):
+        lowest = min((int(post.id) for post in posts), default=below)
+        if not lowest or below and lowest >= below:
             raise SourceError(f"{site.home} gives the same posts again: it does not page by id")
         yield from posts
         below = lowest
@@ -233,13 +232,11 @@ class Fetcher:
         self.trusted = origin(urlsplit(base_url)) if base_url else None
         self.pace = collections.defaultdict(lambda: delay)  # seconds between two starts, by host
         self.next_start = collections.defaultdict(float)
-        self.robots_files: dict[str, str] = {}
+        self.robots = functools.cache(self.fetch_robots)  # asked for once a host
 
     def fetch(self, address: str, is_picture: bool = True) -> bytes:
-        """The body at an address. Raises Unusable, and SourceError for what ends the crawl.
-
-        robots.txt holds for pictures. It does not for a documented API, which is made for programs and has limits
-        of its own, nor for itself and for the detector, one named file that the user wants.
+        """The body at an address. Raises Unusable, and SourceError for what ends the crawl. robots.txt holds for
+        pictures, not for a documented API, made for programs with limits of its own, nor for the detector's one file.
         """
         for attempt in range(TRIES):
             try:
@@ -253,7 +250,7 @@ class Fetcher:
     def follow(self, address: str, is_picture: bool) -> bytes:
         for _ in range(1 + REDIRECTS):
             parts = self.check(address)
-            if is_picture and not allowed(self.robots(parts), parts):
+            if is_picture and not allowed(self.robots(f"{parts.scheme}://{parts.netloc}"), parts):
                 raise Unusable("robots.txt")
             answer = self.get(parts, is_picture)
             if isinstance(answer, bytes):
@@ -358,20 +355,16 @@ class Fetcher:
     def hold(self, host: str, seconds: float) -> None:
         """No request to a host for a while."""
         if seconds > PATIENCE:
-            minutes = f"{seconds / 60:,.0f} minutes"
-            raise SourceError(f"{host} asks for a long pause ({minutes}): the same command goes on later")
+            pause = f"asks for a long pause ({seconds / 60:,.0f} minutes)"
+            raise SourceError(f"{host} {pause}: the same command goes on later")
         self.next_start[host] = max(self.next_start[host], time.monotonic() + seconds)
 
-    def robots(self, parts: SplitResult) -> str:
+    def fetch_robots(self, home: str) -> str:
         """A host's robots.txt, or what stands for one that isn't there or can't be had (RFC 9309, 2.3.1)."""
-        address = f"{parts.scheme}://{parts.netloc}/robots.txt"
-        if address not in self.robots_files:
-            try:
-                body = self.fetch(address, is_picture=False)[: 500 * 1024].decode("utf-8-sig", "replace")
-            except Unusable as error:
-                body = "" if 400 <= error.status < 500 and not error.again else "User-agent: *\nDisallow: /"
-            self.robots_files[address] = body
-        return self.robots_files[address]
+        try:
+            return self.fetch(f"{home}/robots.txt", is_picture=False)[: 500 * 1024].decode("utf-8-sig", "replace")
+        except Unusable as error:
+            return "" if 400 <= error.status < 500 and not error.again else "User-agent: *\nDisallow: /"
 
 
 def origin(parts: SplitResult) -> tuple[str, str, int]:
@@ -395,10 +388,8 @@ def retry_after(text: str) -> float:
 
 
 def allowed(robots: str, parts: SplitResult) -> bool:
-    """Whether a robots.txt lets this program, or else all programs, fetch an address (RFC 9309, 2.2).
-
-    The longest rule that matches holds, of two equally long ones the friendlier. A rule matches the beginning of
-    a path; a * in it is anything, and a $ at its end is the path's end.
+    """Whether a robots.txt lets this program, or else all programs, fetch an address (RFC 9309, 2.2). The longest of the
+    rules that match the path's beginning holds, of equals the friendlier; * is anything, a last $ is the path's end.
     """
     rules, agents, in_rules = [], [], False
     for line in robots.splitlines():
@@ -454,8 +445,7 @@ def read_cascade(path: str) -> tuple[int, list[Stage]]:
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """int32 (H, W, 3), or (H, W, 1) of a grey image, in 0..255."""
-    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return data.view(image.height, image.width, -1).int()
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*image.size[::-1], -1).int()
 
 
 def find_faces(image: Image.Image, cascade: tuple[int, list[Stage]], smallest: int) -> list[tuple[int, int, int]]:
@@ -828,14 +818,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.script = AGENT
     if sum(map(bool, (args.site, args.urls, args.from_dir))) > 1:
         parser.error("--site, --urls and --from-dir exclude each other")
-    if (args.urls or args.from_dir) and args.tags is not None:
-        parser.error("--tags searches a --site")
+    if (args.from_dir and args.base_url) or ((args.from_dir or args.urls) and args.tags is not None):
+        parser.error("--tags goes with --site alone, --base-url with --site and --urls")
     if args.from_dir and not Path(args.from_dir).is_dir():
         parser.error(f"--from-dir {args.from_dir}: no such folder")
     if args.tags and re.search(r"(^|\s)-?(order|sort|id):", args.tags):
         parser.error("--tags: order:, sort: and id: can't be used, since the crawl itself goes by id")
-    if args.base_url and args.from_dir:
-        parser.error("--base-url goes with --site or --urls")
     if args.delay < 1 and urlsplit(args.base_url or "").hostname not in ("localhost", "127.0.0.1", "::1"):
         parser.error("--delay: at least a second between two requests; less is for a --base-url on this machine")
     args.site, args.limit = args.site or "safebooru", args.limit or (None if args.urls or args.from_dir else 2000)
