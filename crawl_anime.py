@@ -264,7 +264,6 @@ class Fetcher:
         try:
             parts = urlsplit(address)
             scheme, host, port = origin(parts)
-            host.encode("idna")
         except ValueError as error:
             raise Unusable("not an address") from error
         if (scheme, host, port) == self.trusted:
@@ -292,6 +291,8 @@ class Fetcher:
                 if time.monotonic() - started >= DEADLINE:  # what the alarm cut short can look whole
                     raise Unusable("too slow", again=True)
                 return answer
+        except ValueError as error:  # a host that can be no name
+            raise Unusable("not an address") from error
         except (OSError, http.client.HTTPException) as error:
             raise Unusable(f"no answer ({type(error).__name__})", again=True) from error
 
@@ -388,8 +389,8 @@ def retry_after(text: str) -> float:
 
 
 def allowed(robots: str, parts: SplitResult) -> bool:
-    """Whether a robots.txt lets this program, or else all programs, fetch an address (RFC 9309, 2.2). The longest of the
-    rules that match the path's beginning holds, of equals the friendlier; * is anything, a last $ is the path's end.
+    """Whether a robots.txt lets this program, or else all programs, fetch an address (RFC 9309, 2.2). The longest rule
+    that matches the path's beginning holds, of equals the friendlier; * is anything, a last $ is the path's end.
     """
     rules, agents, in_rules = [], [], False
     for line in robots.splitlines():

@@ -478,6 +478,12 @@ def test_addresses_that_are_refused(address, reason):
         crawl_anime.Fetcher({"safebooru.org"}, None, 1).check(address)
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64, "\udcff"])
+def test_a_host_that_can_be_no_name(host):
+    with pytest.raises(crawl_anime.Unusable, match="not an address"):
+        crawl_anime.Fetcher({"safebooru.org"}, None, 1).fetch(f"https://{host}.safebooru.org/a.png", is_picture=False)
+
+
 def test_own_hosts_and_the_base_url_are_accepted():
     fetcher = crawl_anime.Fetcher({"safebooru.org"}, "http://localhost:1234", 1)
     for address in ("https://safebooru.org/a", "https://IMG.safebooru.org:443/a", "http://LOCALHOST:1234/a"):
