@@ -106,6 +106,10 @@ def show_line(line: str, end: str = "\n") -> None:
 
 
 class Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        in_cell = args is None and "kernel_launcher" in sys.argv[0]  # whose process has arguments of its own
+        return super().parse_known_args([] if in_cell else args, namespace)
+
     def error(self, message: str):
         if not is_quiet():
             complain(self.prog, f"error: {message}")
@@ -165,9 +169,9 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None, transient: tupl
 
     A preset may hold a dict `folder` of other numbers for folders of images. The script's own options need an entry in
     every preset, or stand in `transient` (None by default, not kept in the checkpoint). Adds `script`, `given` (the
-    names typed), `kept` (those for the checkpoint), `checkpoint` (a dict or None). A notebook's arguments are ignored.
+    names typed), `kept` (those for the checkpoint), `checkpoint` (a dict or None).
     """
-    given = vars(parser.parse_args([] if argv is None and in_notebook() else argv))
+    given = vars(parser.parse_args(argv))
     script = parser.prog.removesuffix(".py")
     if "to" in given and "sample" not in given:
         parser.error("--to says where --sample writes: give --sample N too")

@@ -204,12 +204,15 @@ def test_pasted_into_a_notebook_it_trains_and_shows_its_grids(tmp_path):
         small,
         'main(["--dataset", "digits", "--sample", "9"])',
         "from pathlib import Path; args = parse_args(); (args.dataset, args.epochs)",
+        "%run gan.py --dataset digits --epochs 1 --out-dir other",
     ]
+    (tmp_path / "gan.py").write_text(code)
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [cell.outputs for cell in notebook.cells]
     assert "-f" in outputs[0][0].data["text/plain"] or ".json" in outputs[0][0].data["text/plain"]
-    for index in (1, 2):
+    for index in (1, 2, 4):
         assert any("image/png" in output.get("data", {}) for output in outputs[index]), outputs[index]
     assert outputs[3][-1].data["text/plain"] == "('mnist', 2)"
     assert (tmp_path / "runs/gan-guo-digits/progress.gif").exists()
+    assert (tmp_path / "other/samples/epoch-0001.png").exists()

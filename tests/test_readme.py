@@ -13,9 +13,9 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line.split("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for block in re.findall(r"```(?:bash|python)\n(.*?)```", README, re.S)
     for line in block.splitlines()
-    if re.search(r"\b(python|uv run|torchrun)\b.*\b\w+\.py", line)
+    if re.search(r"(\bpython|\buv run|\btorchrun|%run)\b.*\b\w+\.py", line)
 ]
 
 
