@@ -721,7 +721,8 @@ def crawl(args: argparse.Namespace) -> None:
 
 def crop_post(post: Post, fetcher: Fetcher | None, how: tuple) -> tuple:
     """A post with its outcome, reason and crops: what Folder.add takes."""
-    torch.set_num_threads(1)  # more would be no faster, and a folder's pictures have a process on every core
+    if fetcher is None:
+        torch.set_num_threads(1)  # more would be no faster, and a folder's pictures have a process on every core
     try:
         return post, "faces", "", crop_faces(fetch_picture(post, fetcher) if fetcher else next(iter(post.files)), *how)
     except Unusable as error:
