@@ -816,7 +816,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--margin", type=margins, default=1.5, metavar="RATIO", help="the crop's side in face sides (1.5)")
     add("--delay", type=pauses, default=1.0, metavar="SECONDS", help="between two requests to a host (1)")
     add("--forget", type=post_name, nargs="+", metavar="ID", help="delete these posts' crops, never fetch them again")
-    args = parser.parse_args([] if argv is None and common.in_notebook() else argv)
+    args = parser.parse_args(argv)
     args.script = AGENT
     if sum(map(bool, (args.site, args.urls, args.from_dir))) > 1:
         parser.error("--site, --urls and --from-dir exclude each other")
