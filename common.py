@@ -954,7 +954,7 @@ class Run:
         self.extra |= figures
 
     def end_epoch(self, epoch: int) -> None:
-        losses, faults = self.losses[: self.step].double(), []
+        losses, faults = self.losses[: self.step].cpu().double(), []
         for step, column in (~losses.isfinite()).nonzero().tolist()[:1]:
             faults.append(f"{self.names[column]} is {losses[step, column]:g} in epoch {epoch}, step {step + 1}")
         for name, network in self.networks.items():
@@ -965,7 +965,7 @@ class Run:
             raise UserError(f"{faults[0]}: {kept}; a lower --lr may help")
         means = losses.mean(0)
         if dist.is_initialized():
-            means = means.float()
+            means = means.float().to(self.compute.device)  # where NCCL wants it
             dist.all_reduce(means)
             means /= processes()
         seconds = time.perf_counter() - self.started
