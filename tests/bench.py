@@ -45,7 +45,7 @@ TRAININGS = {
     "vae-banerjee-conv": Training("vae", "--preset banerjee-conv", 1.5),
     "cvaegan": Training("cvaegan", "", 2.0),
 }
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "conv2d", "conv_transpose2d")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "conv2d", "conv_transpose", "slow_conv", "linear_backward")
 
 
 def cpu() -> common.Compute:
@@ -93,10 +93,8 @@ def share_outside_products(steps: Iterator[None], seconds_a_step: float, count: 
         seconds_of(steps, count)
     inside = 0.0
     for event in profile.key_averages():
-        name = event.key.removeprefix("aten::").removeprefix("mkldnn_")
-        if name in PRODUCTS or name.startswith(
-            ("convolution", "_convolution", "_slow_conv", "mkldnn_conv", "linear_backward")
-        ):
+        name = event.key.removeprefix("aten::").removeprefix("mkldnn_").lstrip("_")
+        if name.startswith(PRODUCTS):
             inside += event.self_cpu_time_total / 1e6
     return max(0.0, 1 - inside / count / seconds_a_step)
 
