@@ -649,14 +649,7 @@ def decode_image(path: str, size: int) -> bytes | str:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
             image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF data do not damage the picture
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits
-                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)  # its middle
+            image = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)  # its middle
         return b"".join(band.tobytes() for band in image.split())
     except Image.UnidentifiedImageError:
         return "no image" if os.path.getsize(path) else "empty"
@@ -664,6 +657,18 @@ def decode_image(path: str, size: int) -> bytes | str:
         return "too large"
     except Exception as error:  # a damaged file raises whatever its bytes lead to
         return f"damaged: {error}"[:80]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB: upright, 16 bits as 8, transparency over white."""
+    with contextlib.suppress(Exception):  # damaged EXIF data do not damage the picture
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -52,7 +52,7 @@ from urllib.parse import SplitResult, quote, quote_plus, unquote, urljoin, urlsp
 from xml.etree import ElementTree
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 import common
 
@@ -567,11 +567,8 @@ def decode(picture: bytes | str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS)
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            image.load()  # before anything else, which might forgive a broken file
+            return common.to_rgb(image)
     except Image.DecompressionBombError as error:
         raise Unusable("more than 40 million pixels") from error
     except Exception as error:  # decoders of broken files raise anything
