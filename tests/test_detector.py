@@ -82,7 +82,7 @@ def test_windows_equal_brute_force(cascade):
     path, features, stages = cascade
     chance = random.Random(3)
     grey = torch.tensor([[chance.randrange(256) for _ in range(31)] for _ in range(26)], dtype=torch.int32)
-    found = crawl_anime.find_windows(grey, crawl_anime.read_cascade(path), 8)
+    found = list(map(tuple, crawl_anime.find_windows(grey, crawl_anime.read_cascade(path), 8).tolist()))
     expected, scale, looked_at = [], 1.0, 0
     while round(WINDOW * scale) <= 26:
         level = crawl_anime.shrink(grey, round(26 / scale), round(31 / scale)).tolist()
@@ -99,7 +99,7 @@ def test_windows_equal_brute_force(cascade):
 
 def test_small_images_have_no_windows(cascade):
     loaded = crawl_anime.read_cascade(cascade[0])
-    assert crawl_anime.find_windows(torch.zeros(7, 30, dtype=torch.int32), loaded, 8) == []
+    assert crawl_anime.find_windows(torch.zeros(7, 30, dtype=torch.int32), loaded, 8).tolist() == []
     assert crawl_anime.find_faces(Image.new("RGB", (1, 1)), loaded, 8) == []
     assert crawl_anime.find_faces(Image.new("RGB", (8, 8), "red"), loaded, 8) == []
 
@@ -125,17 +125,21 @@ def test_equalizing():
     assert crawl_anime.equalize(torch.full((2, 2), 7, dtype=torch.int32)).tolist() == [[7, 7], [7, 7]]
 
 
+def merged(windows: list) -> list:
+    return crawl_anime.merge(torch.tensor(windows, dtype=torch.int32).view(-1, 3))
+
+
 def test_merging():
     face = [(10, 10, 20), (11, 10, 20), (10, 11, 20), (11, 11, 21), (9, 10, 20), (10, 9, 19)]
-    assert crawl_anime.merge(face) == [(10, 10, 20)]
-    assert crawl_anime.merge(face[:5]) == []  # five are too few
+    assert merged(face) == [(10, 10, 20)]
+    assert merged(face[:5]) == []  # five are too few
     chain = [(2 * i, 0, 20) for i in range(8)]  # neighbours alone are alike, but that joins them all
-    assert crawl_anime.merge(chain) == [(7, 0, 20)]
+    assert merged(chain) == [(7, 0, 20)]
     apart = [(100, 100, 60)] * 9
-    assert sorted(crawl_anime.merge(face + apart)) == [(10, 10, 20), (100, 100, 60)]
+    assert sorted(merged(face + apart)) == [(10, 10, 20), (100, 100, 60)]
     around = [(0, 0, 60)] * 9  # a stronger, larger one swallows the small one inside it
-    assert crawl_anime.merge(face + around) == [(0, 0, 60)]
-    assert crawl_anime.merge([]) == []
+    assert merged(face + around) == [(0, 0, 60)]
+    assert merged([]) == []
 
 
 @pytest.mark.parametrize(
