@@ -9,8 +9,10 @@ import collections
 import concurrent.futures.process
 import contextlib
 import csv
+import fnmatch
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -26,7 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -82,13 +84,12 @@ class Progress:
         self.start = self.shown = time.monotonic()
 
     def update(self, done: int, text: str = "") -> None:
-        now = time.monotonic()
-        if now - self.shown < (0.2 if sys.stdout.isatty() else 10):
-            return
-        self.shown, rate = now, done / (now - self.start)
-        left = clock((self.total - done) / rate) if rate else "?"
-        line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left {text}"
-        show_line(line, end="" if sys.stdout.isatty() else "\n")
+        now, on_terminal = time.monotonic(), sys.stdout.isatty()
+        if now - self.shown > (0.2 if on_terminal else 10):
+            self.shown, rate = now, done / (now - self.start)
+            left = clock((self.total - done) / rate) if rate else "?"
+            line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left {text}"
+            show_line(line, end="" if on_terminal else "\n")
 
     def close(self, text: str) -> None:
         show_line(text)
@@ -111,17 +112,18 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([] if in_cell else args, namespace)
 
     def error(self, message: str):
-        if not is_quiet():
-            complain(self.prog, f"error: {message}")
-        raise SystemExit(2)
+        if is_quiet():
+            raise SystemExit(2)
+        leave(2, self.prog, f"error: {message}")
 
 
-def complain(who: str, message: str) -> None:
-    """One line on standard error, whatever names from outside are in it."""
+def leave(status: int, who: str, message: str) -> NoReturn:
+    """End with a status and one line on standard error, whatever names from outside are in it."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     if sys.stdout.isatty():
         show_line("", end="")  # off the unfinished progress line
     print(f"{who}: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
@@ -149,8 +151,9 @@ def make_parser(script: str, doc: str, presets: dict, datasets: tuple[str, ...] 
     folder = " or a folder of images" if "folder" in datasets else ""
     add = parser.add_argument
     add("--preset", choices=list(presets), help=f"the report whose numbers are the defaults ({next(iter(presets))})")
-    add("--dataset", metavar="NAME", choices=None if folder else names, help=f"{', '.join(names)}{folder} (mnist)")
-    add("--data-dir", metavar="DIR", help="folder of the data sets, downloaded when absent (data)")
+    known = dict(type=lambda name: name if name in names else os.path.abspath(name)) if folder else dict(choices=names)
+    add("--dataset", **known, metavar="NAME", help=f"{', '.join(names)}{folder} (mnist)")
+    add("--data-dir", type=os.path.abspath, metavar="DIR", help="folder of the data sets, fetched when absent (data)")
     add("--out-dir", metavar="DIR", help=f"folder of the run (runs/{script}-PRESET-DATASET)")
     add("--epochs", type=number(int, 1), metavar="N", help="passes over the training images")
     add("--batch-size", type=number(int, 1), metavar="N", help="images a step, over all processes")
@@ -177,10 +180,6 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None, transient: tupl
         parser.error("--to says where --sample writes: give --sample N too")
     if "sample" in given and "resume" in given:
         parser.error("--sample draws from a finished run, --resume trains: give one of them")
-    if given.get("dataset", "mnist") not in (*LABELLED, "anime"):
-        given["dataset"] = os.path.abspath(given["dataset"])
-    if "data_dir" in given:
-        given["data_dir"] = os.path.abspath(given["data_dir"])
     options = dict(preset=next(iter(presets)), dataset="mnist", data_dir=os.path.abspath("data"), seed=0)
     options |= dict(device="auto", precision="auto")
     preset, dataset = (given.get(name, options[name]) for name in ("preset", "dataset"))
@@ -217,11 +216,7 @@ def run_command(function: Callable[[argparse.Namespace], None], args: argparse.N
 
     Status 2 for what the user can mend, 130 for Ctrl-C and SIGTERM.
     """
-
-    def fail(status: int, message: str):
-        complain(f"{args.script}.py" + (f" (process {rank()})" if rank() else ""), message)
-        raise SystemExit(status)
-
+    who = f"{args.script}.py" + (f" (process {rank()})" if rank() else "")
     with handling_signals({signal.SIGTERM: signal.default_int_handler}):
         try:
             if processes() > 1:
@@ -231,15 +226,15 @@ def run_command(function: Callable[[argparse.Namespace], None], args: argparse.N
             if dist.is_initialized():
                 dist.barrier()  # a process that leaves early takes its connections with it
         except KeyboardInterrupt as interrupt:
-            fail(130, str(interrupt) or "interrupted")
+            leave(130, who, str(interrupt) or "interrupted")
         except (UserError, OSError) as error:
-            fail(getattr(error, "status", 2), f"error: {error}")
+            leave(getattr(error, "status", 2), who, f"error: {error}")
         except (MemoryError, RuntimeError) as error:  # torch has no type for all its ways to run out of memory
             told = str(error).lower()
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or ("alloc" in told and "memory" in told):
-                fail(2, "error: out of memory: a smaller --batch-size needs less")
+                leave(2, who, "error: out of memory: a smaller --batch-size needs less")
             if processes() > 1 and ("connection" in told or "nccl" in told):
-                fail(2, f"error: lost another process: {str(error).splitlines()[0]}")
+                leave(2, who, f"error: lost another process: {str(error).splitlines()[0]}")
             raise
         finally:
             if dist.is_initialized():
@@ -280,16 +275,6 @@ def processes() -> int:
 def is_quiet() -> bool:
     """Only the first process prints and writes."""
     return rank() > 0
-
-
-@contextlib.contextmanager
-def first_process_first() -> Iterator[None]:
-    """The first process goes through the block alone (it downloads, it builds caches), then all others."""
-    if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and dist.is_initialized():
-        dist.barrier()
 
 
 class Compute(NamedTuple):
@@ -437,12 +422,17 @@ def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | N
 
     Raises UserError when the data is absent and can't be fetched, is damaged, or holds no image.
     """
-    with first_process_first():
-        if name == "digits":
-            return draw_digits(train)
-        if name in LABELLED:
-            return load_idx(name, Path(data_dir), train)
-        return Data(load_folder(Path(data_dir, "anime") if name == "anime" else Path(name), size), None)
+    if rank() > 0:
+        dist.barrier()  # until the first process is through: it downloads and builds caches
+    if name == "digits":
+        data = draw_digits(train)
+    elif name in LABELLED:
+        data = load_idx(name, Path(data_dir), train)
+    else:
+        data = Data(load_folder(Path(data_dir, "anime") if name == "anime" else Path(name), size), None)
+    if rank() == 0 and dist.is_initialized():
+        dist.barrier()
+    return data
 
 
 IDX_PARTS = ("images-idx3", "labels-idx1")
@@ -549,16 +539,13 @@ def list_files(folder: Path, size: int) -> tuple[list[str], str]:
     def fail(error: OSError):
         raise UserError(f"can't read {error.filename}: {error.strerror}") from error
 
-    def shown(names: list[str]) -> list[str]:
-        return [name for name in names if not name.startswith(".") and not name.endswith(".images")]
-
     found = []
     for directory, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = shown(folders)  # those that are walked
-        for path in (os.path.join(directory, name) for name in shown(names)):
+        folders[:] = fnmatch.filter(folders, "[!.]*")  # those that are walked
+        for path in (os.path.join(directory, name) for name in fnmatch.filter(names, "[!.]*")):
             with contextlib.suppress(FileNotFoundError):  # removed a moment ago, or a link to nothing
                 status = os.stat(path)
-                if stat.S_ISREG(status.st_mode):
+                if stat.S_ISREG(status.st_mode) and not path.endswith(".images"):
                     found.append((os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
     found.sort()
     digest = hashlib.sha256(f"images 1 {size}".encode())
@@ -574,30 +561,29 @@ def read_footer(cache: Path) -> dict:
             file.seek(-8, os.SEEK_END)
             length = int.from_bytes(file.read(8), "big")
             file.seek(-8 - length, os.SEEK_END)
-            footer = json.loads(file.read(length))
-            return footer if isinstance(footer, dict) else {}
-    except (OSError, ValueError, OverflowError):
+            return dict(json.loads(file.read(length)))
+    except (OSError, ValueError, OverflowError, TypeError):
         return {}
 
 
 def build_cache(cache: Path, folder: Path, files: list[str], size: int, signature: str) -> None:
     """Decode all files in several processes and write their pixels one by one: memory does not grow with them."""
-    count, skipped, progress = 0, [], Progress(len(files), "files")
-    chunks = [files[start : start + 64] for start in range(0, len(files), 64)]
     for leftover in cache.parent.glob(f".{cache.name}.*.tmp"):  # of builders that were killed
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink()
+    count, skipped, progress = 0, [], Progress(len(files), "files")
+    chunks = [files[start : start + 64] for start in range(0, len(files), 64)]
+    decoded = map_in_processes(decode_images, chunks, len(files) // 256, folder, size)
     with replacing(cache) as temporary, open(temporary, "wb") as file:
-        for chunk, pictures in zip(chunks, map_in_processes(decode_images, chunks, len(files) // 256, folder, size)):
-            for name, picture in zip(chunk, pictures):
-                if isinstance(picture, bytes):
-                    file.write(picture)
-                    count += 1
-                else:
-                    skipped.append(f"{name} ({picture})")
+        for name, picture in zip(files, itertools.chain.from_iterable(decoded)):
+            if isinstance(picture, bytes):
+                file.write(picture)
+                count += 1
+            else:
+                skipped.append(f"{name} ({picture})")
             progress.update(count + len(skipped))
-        first = ", ".join("".join(c if c.isprintable() else "?" for c in text) for text in skipped[:3])
+        first = "".join(c if c.isprintable() else "?" for c in ", ".join(skipped[:3]))
         if not count:
             what = f"{len(files):,} files, none of them a usable image: {first}" if files else "no file"
             raise UserError(f"{folder} holds {what}; {', '.join(IMAGE_FORMATS)} are read")
@@ -617,7 +603,7 @@ def map_in_processes(function: Callable, items: list, workers: int, *args) -> It
     waiting = collections.deque()
     try:
         for item in items:
-            with handling_signals({signal.SIGINT: signal.SIG_IGN}):  # inherited by the processes that this starts
+            with handling_signals({signal.SIGINT: signal.SIG_IGN}):  # which the processes that this starts inherit
                 waiting.append(pool.submit(function, item, *args))
             if len(waiting) > 4 * count:
                 yield waiting.popleft().result()
@@ -630,8 +616,7 @@ def map_in_processes(function: Callable, items: list, workers: int, *args) -> It
 
 
 def end_with_parent() -> None:
-    """Leave Ctrl-C to the parent process, and don't outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Don't outlive a parent process that is killed: the pool's processes would wait for it for ever."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
