@@ -61,8 +61,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 FIELDS = "site id page artist source rating outcome reason crops boxes hashes".split()
 RATINGS = ("general", "sensitive", "questionable", "explicit")
 FACELESS_TAGS = set("photo_(medium) 3d monochrome greyscale sketch lineart comic no_humans animated".split())
-CASCADE_FILE, CASCADE_HOST = "data/lbpcascade_animeface.xml", "raw.githubusercontent.com"
-CASCADE_COMMIT = "nagadomi/lbpcascade_animeface/4433ab1ae1166ea75acfe99eb0f18709dac329a0"
+CASCADE_FILE = "data/lbpcascade_animeface.xml"
+CASCADE_HOME = "https://raw.githubusercontent.com/nagadomi/lbpcascade_animeface"
+CASCADE_URL = f"{CASCADE_HOME}/4433ab1ae1166ea75acfe99eb0f18709dac329a0/lbpcascade_animeface.xml"
 CASCADE_SHA256 = "9376d30ac38db6bda2a68b88b3b76bbd7e6aa33af47f7f5c76bc88ca75f1ce30"
 
 
@@ -171,10 +172,8 @@ def printable(text: object, length: int = 300) -> str:
 
 
 class Fetcher:
-    """Gets files by the rules of manners and safety, one at a time.
-
-    `hosts` are the source's own, with all below them; `base_url` is one more, which the user vouches for. `delay` is
-    the time between the starts of two requests, in seconds.
+    """Gets files by the rules of manners and safety, one at a time: from `hosts`, which are the source's own, and all
+    below them, and from `base_url`, which the user vouches for, with at least `delay` seconds between two starts.
     """
 
     def __init__(self, hosts: set[str], base_url: str | None, delay: float):
@@ -192,45 +191,40 @@ class Fetcher:
             except Unusable as error:
                 if not error.again or attempt == TRIES - 1:
                     raise
-                self.wait(self.delay * 2**attempt * random.uniform(1, 2))
-
-    def wait(self, seconds: float) -> None:
-        self.next_start = max(self.next_start, time.monotonic() + seconds)
+                pause = self.delay * 2**attempt * random.uniform(1, 2)
+                self.next_start = max(self.next_start, time.monotonic() + pause)
 
     def get(self, address: str, is_picture: bool, redirects: int = 0) -> bytes:
-        parts, trusted = self.check(address)
-        path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-        if redirects > REDIRECTS:
-            raise Unusable("too many redirects")
-        if is_picture and not allowed(self.robots(f"{parts.scheme}://{parts.netloc}"), path):
-            raise Unusable("robots.txt")
-        time.sleep(max(0.0, self.next_start - time.monotonic()))
-        self.next_start = time.monotonic() + self.pace
         try:
+            parts, trusted = self.check(address)
+            path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+            if is_picture and not allowed(self.robots(f"{parts.scheme}://{parts.netloc}"), path):
+                raise Unusable("robots.txt")
+            time.sleep(max(0.0, self.next_start - time.monotonic()))
+            self.next_start = time.monotonic() + self.pace
             with connect(parts, trusted) as connected:
                 response = ask(connected, parts.netloc, path)
                 if response.status not in (301, 302, 303, 307, 308):
                     self.judge(response, parts.hostname, is_picture)
                     self.bytes += len(body := response.read())
                     return body
-        except ValueError as error:  # a host that can be no name
-            raise Unusable("not an address") from error
         except http.client.IncompleteRead as error:
             raise Unusable("broke off", again=True) from error
         except (OSError, http.client.HTTPException) as error:
             raise Unusable(f"no answer ({type(error).__name__})", again=True) from error
+        except ValueError as error:  # after OSError: a certificate that does not hold is both
+            raise Unusable("not an address") from error
+        if redirects == REDIRECTS:
+            raise Unusable("too many redirects")
         with contextlib.suppress(ValueError):  # then it is the same address again
             address = urljoin(address, response.headers.get("Location", ""))
         return self.get(address, is_picture, redirects + 1)
 
     def check(self, address: str) -> tuple[SplitResult, bool]:
         """An address's parts, and whether it is --base-url's. All others are on the source's own hosts, by https."""
-        try:
-            parts = urlsplit(address)
-            is_https = parts.scheme == "https" and parts.port in (None, 443) and "@" not in parts.netloc
-        except ValueError as error:
-            raise Unusable("not an address") from error
+        parts = urlsplit(address)
         trusted = f"{parts.scheme}://{parts.netloc}".lower() == self.base_url
+        is_https = parts.scheme == "https" and parts.port in (None, 443) and "@" not in parts.netloc
         if not trusted and not is_https:
             raise Unusable("not an https address")
         if not trusted and not any(f".{parts.hostname}".endswith(f".{own}") for own in self.hosts):
@@ -244,10 +238,12 @@ class Fetcher:
             raise SourceError(f"{host} asks to prove that a person is there, and a program must not")
         if status in (421, 429, 503):
             self.pace = max(self.delay, min(60, 2 * self.pace))
-            pause = retry_after(headers.get("Retry-After", ""))
+            pause, wish = 0.0, headers.get("Retry-After", "")
+            with contextlib.suppress(ValueError, TypeError, OverflowError):  # nonsense, or none is given
+                pause = float(wish) if wish.isdecimal() else parsedate_to_datetime(wish).timestamp() - time.time()
             if pause > PATIENCE:
                 raise SourceError(f"{host} asks for a long pause ({pause / 60:,.0f} minutes): go on later")
-            self.wait(pause)
+            self.next_start = max(self.next_start, time.monotonic() + pause)
         if status != 200:
             reason = f"HTTP {status}"
             if not is_picture:
@@ -280,15 +276,16 @@ def connect(parts: SplitResult, trusted: bool) -> socket.socket:
     public = [address.is_global and not address.is_multicast for address in map(ipaddress.ip_address, found)]
     if not trusted and not all(public):
         raise Unusable("on a private network")
+    failure = ConnectionError()
     for address in found:
-        with contextlib.suppress(OSError):
+        try:
             connected = socket.create_connection((address, port), TIMEOUT)
-            break
-    else:
-        raise ConnectionError
-    if parts.scheme == "http":
-        return connected
-    return ssl.create_default_context().wrap_socket(connected, server_hostname=parts.hostname)
+            if parts.scheme == "http":
+                return connected
+            return ssl.create_default_context().wrap_socket(connected, server_hostname=parts.hostname)
+        except OSError as error:
+            failure = error
+    raise failure
 
 
 def ask(connected: socket.socket, host: str, path: str) -> http.client.HTTPResponse:
@@ -327,13 +324,6 @@ class Stream(io.RawIOBase):
         return received
 
 
-def retry_after(text: str) -> float:
-    """Seconds that a Retry-After of either form asks for; 0 without one."""
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return float(text) if text.isdecimal() else parsedate_to_datetime(text).timestamp() - time.time()
-    return 0.0
-
-
 def allowed(robots: str, path: str) -> bool:
     """Whether a robots.txt lets this program, or else all programs, fetch a path (RFC 9309, 2.2). The longest rule that
     matches the path's beginning holds, of equals the friendlier; * is anything, a last $ is the path's end.
@@ -366,15 +356,12 @@ def read_cascade(path: str) -> tuple[int, list[tuple]]:
     A stump looks up what the local binary pattern of 3x3 cells is worth. A stage is the rows and the columns of the
     cells' 4x4 corners, in window pixels, int32 (4, stumps); votes, float64 (stumps, 256); and their least sum.
     """
-
-    def numbers(element: ElementTree.Element, name: str, kind: type) -> Tensor:
-        return torch.tensor([[kind(word) for word in found.text.split()] for found in element.iter(name)])
-
     try:
         root, stages, steps = ElementTree.parse(path).getroot().find("cascade"), [], torch.arange(4).int()[:, None]
-        rectangles = numbers(root, "rect", int)
+        rectangles = torch.tensor([[int(n) for n in r.text.split()] for r in root.iterfind("features/_/rect")])
         for stage in root.iterfind("stages/_"):
-            nodes, leaves = numbers(stage, "internalNodes", int), numbers(stage, "leafValues", float)
+            nodes = torch.tensor([[int(n) for n in node.text.split()] for node in stage.iter("internalNodes")])
+            leaves = torch.tensor([[float(n) for n in leaf.text.split()] for leaf in stage.iter("leafValues")])
             left, top, width, height = rectangles[nodes[:, 2]].T.int()  # of the first of the 3x3 cells
             inside = (nodes[:, 3:, None] >> torch.arange(32) & 1).flatten(1).bool()  # (stumps, 256)
             votes = torch.where(inside, leaves[:, :1], leaves[:, 1:]).double()
@@ -476,8 +463,7 @@ def decode(picture: bytes | str) -> Image.Image:
     """RGB, upright, on white. Raises Unusable."""
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from here on, and refuses from twice as many
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True):  # which nobody reads
             source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
             image = Image.open(source, formats=["JPEG", "PNG", "WEBP", "GIF"])
             image.load()  # before anything else, which might forgive a broken file
@@ -502,7 +488,7 @@ def crop_faces(image: Image.Image, cascade: str | None, min_face: int, margin: f
 
 def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> tuple[bytes, tuple, int, str]:
     """A square around a face, a little higher; at the picture's edges it is moved, then shrunk, never padded. Returns
-    the JPEG, the box, a difference hash (a bit for each of 8x8 areas: darker than the next to the right?) and the flaw.
+    the JPEG, the box, a hash (whether each of 8x8 areas is darker than the next) and "grey", "blurred" or "".
     """
     left, top, face = box
     side = min(round(margin * face), *image.size)
@@ -513,18 +499,13 @@ def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> tuple[b
     crop.save(jpeg := io.BytesIO(), "JPEG", quality=95)
     grey = to_tensor(crop.convert("L").resize((9, 8), Image.Resampling.BOX))[..., 0]
     bits = (grey[:, :-1] < grey[:, 1:]).flatten().tolist()
-    return jpeg.getvalue(), box, sum(bit << place for place, bit in enumerate(bits)), find_flaw(crop)
-
-
-def find_flaw(crop: Image.Image) -> str:
-    """Why a crop is of no use at the 64x64 of training, or "": too little colour, or too few edges. The bounds would
-    drop none to 0.3 % of 3,000 faces of the usual data set.
-    """
-    small = crop.resize((64, 64), Image.Resampling.LANCZOS)
+    small = crop.resize((64, 64), Image.Resampling.LANCZOS)  # as in training
     pixels, grey = to_tensor(small).float(), to_tensor(small.convert("L"))[..., 0].float()  # (64, 64, 3), (64, 64)
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
-    is_grey = (pixels.amax(2) - pixels.amin(2)).mean() < 8
-    return "grey" if is_grey else "blurred" if laplacian.clamp(-128, 127).var(correction=0) < 100 else ""
+    # Either bound would drop none to 0.3 % of 3,000 faces of the usual data set.
+    flaw = "blurred" if laplacian.clamp(-128, 127).var(correction=0) < 100 else ""
+    flaw = "grey" if (pixels.amax(2) - pixels.amin(2)).mean() < 8 else flaw
+    return jpeg.getvalue(), box, sum(bit << place for place, bit in enumerate(bits)), flaw
 
 
 # ----------------------------------------------------------------------------------- the folder and its state
@@ -550,19 +531,15 @@ class Folder:
             raise common.UserError(f"{self.table} is damaged or another's ({error}): move it away") from error
         self.rows = {(row["site"], row["id"]): row for row in rows}
         self.hashes = [int(word, 16) for row in self.rows.values() for word in row["hashes"].split()]
-        self.faces = len(self.hashes)
         self.rewrite()
 
     def rewrite(self) -> None:
         with common.replacing(self.table) as temporary:
-            self.append(temporary, self.rows.values())
+            self.write(temporary, [dict(zip(FIELDS, FIELDS)), *self.rows.values()])
 
-    def append(self, path: Path, rows: Iterable[dict]) -> None:
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
+    def write(self, table: Path, rows: list[dict]) -> None:
+        with open(table, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n").writerows(rows)
             file.flush()
             os.fsync(file.fileno())
 
@@ -571,25 +548,22 @@ class Folder:
 
     def add(self, row: dict, crops: list[tuple]) -> list[str]:
         """Save a post's crops, then its row. Returns why it, or some of its crops, was dropped."""
-        names, boxes, hashes, dropped = [], [], [], []
+        kept, dropped = [], []
         for jpeg, box, hash, flaw in crops:
-            near = any((hash ^ known).bit_count() <= 4 for known in self.hashes)
-            if flaw or near:
+            if flaw or any((hash ^ known).bit_count() <= 4 for known in self.hashes):
                 dropped.append(flaw or "near-duplicate")
                 continue
-            names.append(f"{row['site']}-{row['id']}-{len(names)}.jpg")
-            boxes.append(",".join(map(str, box)))
-            hashes.append(f"{hash:016x}")
-            self.hashes.append(hash)
-            with common.replacing(self.path / names[-1]) as temporary:
+            name = f"{row['site']}-{row['id']}-{len(kept)}.jpg"
+            with common.replacing(self.path / name) as temporary:
                 temporary.write_bytes(jpeg)
-        row |= dict(crops=" ".join(names), boxes=" ".join(boxes), hashes=" ".join(hashes))
-        if row["outcome"] == "faces" and not names:
+            kept.append((name, ",".join(map(str, box)), f"{hash:016x}"))
+            self.hashes.append(hash)
+        row |= dict(zip(("crops", "boxes", "hashes"), map(" ".join, zip(*kept))))
+        if row["outcome"] == "faces" and not kept:
             row |= dict(outcome="none", reason=", ".join(dict.fromkeys(dropped)) or "no face")
         self.rows[row["site"], row["id"]] = row
-        self.append(self.table, [row])
-        self.faces += len(names)
-        return dropped or ([row["reason"]] if row["reason"] else [])
+        self.write(self.table, [row])
+        return dropped or [row["reason"]] * bool(row["reason"])
 
     def forget(self, names: list[tuple[str, str]]) -> int:
         """Mark posts as never to be fetched, then delete their crops; returns how many."""
@@ -625,14 +599,14 @@ def crawl(args: argparse.Namespace) -> None:
             return
         fetcher, posts = find_posts(args)
         how = (find_cascade(args.cascade) if args.detector == "lbp" else None, args.min_face, args.margin)
-        print(f"{AGENT}: {args.to} has {folder.faces:,} faces of {len(folder.rows):,} posts", flush=True)
+        print(f"{AGENT}: {args.to} has {len(folder.hashes):,} faces of {len(folder.rows):,} posts", flush=True)
         new = (post for post in posts if not folder.knows(post))
         # Pictures are fetched one at a time, so that a killed crawl has fetched at most one in vain.
         results = common.map_in_processes(crop_post, new, 0 if fetcher else len(posts) // 8, fetcher, *how)
         end = collect(results, folder, args.limit, 0 if args.limit else len(posts), fetcher)
-        print(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
+        print(f"{AGENT}: reached {end}: {len(folder.hashes):,} faces in {args.to}, credits in {folder.table}")
         advice = f"next: python dcgan.py --dataset {shlex.quote(args.to)}"
-        print(f"{AGENT}: {advice if folder.faces else 'no face yet: try other --tags'}")
+        print(f"{AGENT}: {advice if folder.hashes else 'no face yet: try other --tags'}")
 
 
 def find_posts(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[dict]]:
@@ -640,11 +614,11 @@ def find_posts(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[dict]
     if args.from_dir:
         paths = [path for path in sorted(Path(args.from_dir).resolve().rglob("*")) if path.suffix.lower() in SUFFIXES]
         paths = [path for path in paths if Path(args.to).resolve() not in path.parents and path.is_file()]
-        return None, [listed("file", str(path), path.as_uri()) for path in paths]
+        return None, [name_post("file", str(path), path.as_uri()) for path in paths]
     if args.urls:
         lines = [line.strip() for line in Path(args.urls).read_text("utf-8", "replace").splitlines()]
-        posts = [listed("url", line, printable(line, 2000)) for line in lines if line and line[0] != "#"]
         hosts = {host for line in lines for host in re.findall("^https://([^/:?#]+)", line.lower())}
+        posts = [name_post("url", line, printable(line, 2000)) for line in lines if line and line[0] != "#"]
         return Fetcher(hosts, args.base_url, args.delay), posts
     site = SITES[args.site]
     hosts = {urlsplit(site.home).hostname.removeprefix("danbooru.")}  # Danbooru's files are on cdn.donmai.us
@@ -656,7 +630,8 @@ def find_posts(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[dict]
     return fetcher, site_posts(fetcher, site, tags, args.rating)
 
 
-def listed(site: str, address: str, page: str) -> dict:
+def name_post(site: str, address: str, page: str) -> dict:
+    """A post that no site names: its id is a digest of its address."""
     id = hashlib.sha256(os.fsencode(address)).hexdigest()[:16]
     return dict(site=site, id=id, page=page, reason="", files={address: ""})
 
@@ -664,53 +639,51 @@ def listed(site: str, address: str, page: str) -> dict:
 def crop_post(post: dict, fetcher: Fetcher | None, *how) -> tuple[dict, list[tuple]]:
     """A post's row as far as it is known, and its crops."""
     try:
-        if post["reason"]:
-            raise Unusable(post["reason"])
-        if fetcher:
-            picture = fetch_picture([*post["files"].items()], fetcher)
-        else:
+        if not fetcher:
             torch.set_num_threads(1)  # more would be no faster, and there is a process on every core
-            (picture,) = post["files"]
+        picture = fetch_picture(post, fetcher) if fetcher else next(iter(post["files"]))
         return post | dict(outcome="faces"), crop_faces(decode(picture), *how)
     except Unusable as error:
         failed = error.again or error.status in (401, 403)
         return post | dict(outcome="failed" if failed else "skipped", reason=str(error)), []
 
 
-def fetch_picture(files: list[tuple[str, str]], fetcher: Fetcher) -> bytes:
-    """The first of the files that is there. Raises Unusable."""
-    (address, md5), *others = files
-    try:
-        body = fetcher.fetch(address)
-    except Unusable as error:
-        if error.status in (404, 410) and others:
-            return fetch_picture(others, fetcher)
-        raise
-    if len(md5) == 32 and hashlib.md5(body, usedforsecurity=False).hexdigest() != md5.lower():
-        raise Unusable("damaged: another MD5")
-    return body
+def fetch_picture(post: dict, fetcher: Fetcher) -> bytes:
+    """The first of a post's files that is there. Raises Unusable."""
+    missing = Unusable(post["reason"])
+    for address, md5 in () if post["reason"] else post["files"].items():
+        try:
+            body = fetcher.fetch(address)
+        except Unusable as error:
+            if error.status not in (404, 410):
+                raise
+            missing = error
+        else:
+            if len(md5) == 32 and hashlib.md5(body, usedforsecurity=False).hexdigest() != md5.lower():
+                raise Unusable("damaged: another MD5")
+            return body
+    raise missing
 
 
 def collect(results: Iterator, folder: Folder, limit: int | None, total: int, fetcher: Fetcher | None) -> str:
     """Save results up to the limit of faces, with a line of progress; returns what ended it."""
-    before, new, failures, counts, summary = folder.faces, 0, 0, collections.Counter(), "nothing new"
+    before, new, failures, counts, summary = len(folder.hashes), 0, 0, collections.Counter(), "nothing new"
     progress = common.Progress(max(0, limit - before) if limit else total, "faces" if limit else "pictures")
     try:
-        while not limit or folder.faces < limit:
+        while not limit or len(folder.hashes) < limit:
             if limit and new >= POSTS_PER_FACE * limit:
                 return f"{POSTS_PER_FACE} posts for each face asked for"
             if not (result := next(results, None)):
                 return "the end of the source"
             new += 1
             counts.update(folder.add(*result))
-            skipped = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
-            summary = f"{folder.faces - before:,} faces of {new:,} posts"
-            summary += f", {fetcher.bytes / 1e6:.1f} MB" if fetcher else ""
-            summary += f"; skipped: {skipped}" if skipped else ""
-            progress.update(folder.faces - before if limit else new, f"· {summary}")
+            faces, skipped = len(folder.hashes) - before, [f"{count:,} {why}" for why, count in counts.most_common()]
+            summary = f"{faces:,} faces of {new:,} posts" + (f", {fetcher.bytes / 1e6:.1f} MB" if fetcher else "")
+            summary += f"; skipped: {', '.join(skipped)}" if skipped else ""
+            progress.update(faces if limit else new, f"· {summary}")
             failures = {"failed": failures + 1, "faces": 0}.get(result[0]["outcome"], failures)
             if failures == FAILURES:
-                raise SourceError(f"{failures} pictures did not come, and none between them did: {skipped}")
+                raise SourceError(f"{failures} pictures did not come, and none between them did")
         return "the limit"
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
@@ -721,22 +694,20 @@ def collect(results: Iterator, folder: Folder, limit: int | None, total: int, fe
 
 def find_cascade(path: str | None) -> str:
     """The detector's file: the given one, or the author's own, downloaded once and checked."""
-    if path:
-        read_cascade(path)
-        return path
-    file, address = Path(CASCADE_FILE), f"https://{CASCADE_HOST}/{CASCADE_COMMIT}/{Path(CASCADE_FILE).name}"
-    if not file.exists():
+    file = Path(path or CASCADE_FILE)
+    if not path and not file.exists():
         print(f"{AGENT}: downloading the face detector (MIT licence, nagadomi) to {file}", flush=True)
         try:
-            data = Fetcher({CASCADE_HOST}, None, 1.0).fetch(address, is_picture=False)
+            data = Fetcher({urlsplit(CASCADE_URL).hostname}, None, 1.0).fetch(CASCADE_URL, is_picture=False)
         except Unusable as error:
-            way_out = f"put {address} into {file}, or try --detector none"
+            way_out = f"put {CASCADE_URL} into {file}, or try --detector none"
             raise SourceError(f"the face detector can't be had ({error}): {way_out}") from error
         with common.replacing(file) as temporary:
             temporary.write_bytes(data)
-    if hashlib.sha256(file.read_bytes()).hexdigest() != CASCADE_SHA256:
+    if not path and hashlib.sha256(file.read_bytes()).hexdigest() != CASCADE_SHA256:
         raise common.UserError(f"{file} is not the author's: delete it, and it is downloaded again")
-    return CASCADE_FILE
+    read_cascade(str(file))  # a mistake shows before the first request
+    return str(file)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -746,7 +717,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tags", help="the site's search (1girl solo; all for yandere and konachan)")
     add("--urls", metavar="FILE", help="a list of picture addresses, one a line, instead of a site")
     add("--from-dir", metavar="DIR", help="a folder of pictures instead of a site")
-    add("--base-url", type=web_address, metavar="URL", help="another host that speaks the site's API")
+    add("--base-url", metavar="URL", help="another host that speaks the site's API, as http(s)://HOST:PORT")
     add("--to", metavar="DIR", default="data/anime", help="folder of the crops (data/anime)")
     add("--limit", type=number(int, 1), metavar="N", help="faces in the folder at the end (2000 from a site)")
     ratings = f"what to take of {', '.join(RATINGS)} (general)"
@@ -756,37 +727,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--min-face", type=number(int, 24), default=64, metavar="PIXELS", help="smallest face's side (64)")
     add("--margin", type=number(float, 1, 4), default=1.5, metavar="RATIO", help="the crop's side in face sides (1.5)")
     add("--delay", type=number(float, 0), default=1.0, metavar="SECONDS", help="between two requests (1)")
-    add("--forget", type=post_name, nargs="+", metavar="ID", help="delete these posts' crops, never fetch them again")
+    add("--forget", nargs="+", default=[], metavar="ID", help="delete these posts' crops, never fetch them again")
     args = parser.parse_args(argv)
-    if sum(map(bool, (args.site, args.urls, args.from_dir))) > 1:
-        parser.error("--site, --urls and --from-dir exclude each other")
-    if args.from_dir and args.base_url or (args.from_dir or args.urls) and args.tags is not None:
-        parser.error("--tags goes with --site alone, --base-url with --site and --urls")
-    if args.from_dir and not Path(args.from_dir).is_dir():
-        parser.error(f"--from-dir {args.from_dir}: no such folder")
-    if args.tags and re.search(r"(^|\s)-?(order|sort|id):", args.tags):
-        parser.error("--tags: order:, sort: and id: can't be used, since the crawl itself goes by id")
-    if args.delay < 1 and urlsplit(args.base_url or "").hostname not in ("localhost", "127.0.0.1"):
-        parser.error("--delay: at least a second between two requests; less is for a --base-url on this machine")
-    args.script, args.site = AGENT, args.site or "safebooru"
-    args.limit = args.limit or (None if args.urls or args.from_dir else 2000)
-    args.forget = [(site or args.site, id) for site, id in args.forget or ()]
+    base = re.fullmatch(r"(https?://([a-z0-9.-]+)(?::\d{1,5})?)/?", (args.base_url or "").lower())
+    names = [re.fullmatch(r"(?:([a-z0-9._]+)-)?([0-9a-f]{1,16})(?:-\d+\.jpg)?", text) for text in args.forget]
+    is_site, is_here = not (args.urls or args.from_dir), base and base[2] in ("localhost", "127.0.0.1")
+    for mistake, message in (
+        (args.from_dir and args.urls or args.site and not is_site, "--site, --urls and --from-dir exclude each other"),
+        (args.tags is not None and not is_site, "--tags goes with --site alone"),
+        (args.base_url and args.from_dir, "--base-url goes with --site and --urls"),
+        (args.base_url and not base, "--base-url is http://HOST:PORT or https://HOST"),
+        (args.from_dir and not Path(args.from_dir).is_dir(), f"--from-dir {args.from_dir}: no such folder"),
+        (re.search(r"(^|\s)-?(order|sort|id):", args.tags or ""), "--tags: order:, sort: and id: are the crawl's own"),
+        (args.delay < 1 and not is_here, "--delay: less than a second is for a --base-url on this machine"),
+        (not all(names), "--forget takes a crop's file name, SITE-ID or the ID of a --site's post"),
+    ):
+        if mistake:
+            parser.error(message)
+    args.script, args.base_url, args.site = AGENT, base and base[1], args.site or "safebooru"
+    args.limit = args.limit or (2000 if is_site else None)
+    args.forget = [(name[1] or args.site, name[2]) for name in names]
     return args
-
-
-def web_address(text: str) -> str:
-    """An argparse type: scheme, host and perhaps port of http or https."""
-    if not re.fullmatch(r"https?://[a-z0-9.-]+(:\d{1,4}|:[1-5]\d{4})?/?", text.lower()):
-        raise ValueError(text)
-    return text.lower().rstrip("/")
-
-
-def post_name(text: str) -> tuple[str, str]:
-    """An argparse type: the site (if it is named) and id of "safebooru-123-0.jpg", "safebooru-123" or "123"."""
-    found = re.fullmatch(r"(?:([a-z0-9._]+)-)?([0-9a-f]{1,16})(?:-\d+\.jpg)?", text)
-    if not found:
-        raise ValueError(text)
-    return found.groups()
 
 
 def main(argv: list[str] | None = None) -> None:

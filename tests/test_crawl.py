@@ -6,6 +6,7 @@ import io
 import os
 import random
 import signal
+import ssl
 import struct
 import subprocess
 import sys
@@ -475,7 +476,7 @@ def test_robots_of_the_site(server, tmp_path, answer, fetched):
 )  # fmt: skip
 def test_addresses_that_are_refused(address, reason):
     with pytest.raises(crawl_anime.Unusable, match=reason):
-        crawl_anime.Fetcher({"safebooru.org"}, None, 1).check(address)
+        crawl_anime.Fetcher({"safebooru.org"}, None, 1).fetch(address, is_picture=False)
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64, "\udcff"])
@@ -499,6 +500,20 @@ def test_a_name_that_leads_into_a_private_network_is_refused(monkeypatch, addres
     monkeypatch.setattr(crawl_anime.socket, "getaddrinfo", lambda *_, **__: found)
     monkeypatch.setattr(crawl_anime.socket, "create_connection", lambda *_: pytest.fail("connected"))
     with pytest.raises(crawl_anime.Unusable, match="private network"):
+        crawl_anime.Fetcher({"safebooru.org"}, None, 0).fetch("https://safebooru.org/a.png", is_picture=False)
+
+
+def test_a_certificate_that_does_not_hold_is_no_answer(monkeypatch):
+    """OpenSSL's error for it is a ValueError, too."""
+
+    class Context:
+        def wrap_socket(self, *_, **__):
+            raise ssl.SSLCertVerificationError("self-signed")
+
+    monkeypatch.setattr(crawl_anime.socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("93.184.215.14", 443))])
+    monkeypatch.setattr(crawl_anime.socket, "create_connection", lambda *_: None)
+    monkeypatch.setattr(crawl_anime.ssl, "create_default_context", Context)
+    with pytest.raises(crawl_anime.Unusable, match="no answer .SSLCertVerificationError"):
         crawl_anime.Fetcher({"safebooru.org"}, None, 0).fetch("https://safebooru.org/a.png", is_picture=False)
 
 
