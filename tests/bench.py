@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.14's profiler would write notes between the rows
 
 import torch  # noqa: E402
 
