@@ -254,11 +254,6 @@ def handling_signals(handlers: dict) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def in_notebook() -> bool:
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return shell is not None and hasattr(shell, "kernel")
-
-
 # -------------------------------------------------------------------------------------- device, precision and processes
 
 
@@ -707,15 +702,24 @@ def to_picture(image: Tensor | Image.Image) -> Image.Image:
     return image if isinstance(image, Image.Image) else to_pil_image(to_bytes(image))
 
 
+def show_in_notebook(picture: Image.Image, **options) -> None:
+    """Show a picture in line, in a notebook; `options` are those of IPython's display."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if hasattr(shell, "kernel"):
+        from IPython.display import display
+
+        display(picture, **options)
+
+
 def write_picture(path: str | Path, image: Tensor | Image.Image) -> None:
     with replacing(path, sync=False) as temporary:  # thousands are written, and any can be drawn again
         to_picture(image).save(temporary, format="PNG")
 
 
-def ticks(low: float, high: float, count: int = 6, least: float = 0.0) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) from low to high, at least `least` apart."""
-    step = 10 ** math.floor(math.log10((high - low) / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
+def ticks(low: float, high: float, least: float = 0.0) -> list[float]:
+    """Up to seven round numbers (1, 2 or 5 times a power of ten) from low to high, at least `least` apart."""
+    step = 10 ** math.floor(math.log10((high - low) / 6))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
     step = max(step, least)
     return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
@@ -852,18 +856,10 @@ class Run:
     def __init__(self, args: argparse.Namespace, compute: Compute, data: Data, networks: dict, optimizers: dict):
         self.args, self.compute, self.data = args, compute, data
         self.networks, self.optimizers = networks, optimizers
-        self.folder, self.history, self.epoch = Path(args.out_dir), [], 0
-        self.names, self.extra, self.interrupted, self.displayed = [], {}, False, False
-        self.saved_at, self.saving = -math.inf, 0.0
-        count = len(data.images)
-        if count < args.batch_size and "batch_size" not in args.given and args.dataset not in LABELLED:
-            args.batch_size = max(1, count // processes()) * processes()  # a small folder is one batch
-            show_line(f"{args.script}: all {args.batch_size} images in one batch")
-        self.steps = count // args.batch_size
-        if self.steps == 0:
-            raise UserError(f"--batch-size {args.batch_size} is larger than the data: {count:,} images")
-        if args.batch_size % processes():
-            raise UserError(f"--batch-size {args.batch_size} can't be shared evenly by {processes()} processes")
+        self.folder, self.history = Path(args.out_dir), []
+        self.epoch, self.saved_at, self.saving = 0, -math.inf, 0.0  # the last that was saved, when, and its seconds
+        self.interrupted, self.displayed = False, False
+        self.steps = self.count_steps()
         if args.checkpoint is not None:
             restore(networks, args.checkpoint["networks"])
             restore(optimizers, args.checkpoint["optimizers"])
@@ -871,20 +867,36 @@ class Run:
             if self.epoch > args.epochs:
                 raise UserError(f"the run has {self.epoch} epochs already, --epochs asks for {args.epochs}")
         if compute.device.type == "cuda" and data.images.nbytes < torch.cuda.mem_get_info(compute.device)[0] // 2:
-            labels = data.labels.to(compute.device) if data.labels is not None else None
-            self.data = Data(data.images.to(compute.device), labels)
-        if is_quiet():
-            return
-        if args.checkpoint is None and (self.folder / "checkpoint.pt").exists():
-            names = (f"{self.folder.name}-{i}" for i in range(1, 10**6))  # a new run never overwrites another
+            self.data = Data(*(part if part is None else part.to(compute.device) for part in data))
+        if not is_quiet():
+            self.open_folder()
+
+    def count_steps(self) -> int:
+        """Steps an epoch; UserError for a batch that is larger than the data, or that the processes can't share."""
+        args, count = self.args, len(self.data.images)
+        if count < args.batch_size and "batch_size" not in args.given and args.dataset not in LABELLED:
+            args.batch_size = max(1, count // processes()) * processes()  # a small folder is one batch
+            show_line(f"{args.script}: all {args.batch_size} images in one batch")
+        if count < args.batch_size:
+            raise UserError(f"--batch-size {args.batch_size} is larger than the data: {count:,} images")
+        if args.batch_size % processes():
+            raise UserError(f"--batch-size {args.batch_size} can't be shared evenly by {processes()} processes")
+        return count // args.batch_size
+
+    def open_folder(self) -> None:
+        """Move a run that is in the way aside, clear what a kill left behind, and draw the real images."""
+        script = self.args.script
+        if self.args.checkpoint is None and (self.folder / "checkpoint.pt").exists():
+            names = (f"{self.folder.name}-{i}" for i in itertools.count(1))  # a new run never overwrites another
             aside = next(path for path in map(self.folder.with_name, names) if not path.exists())
             self.folder.rename(aside)
-            show_line(f"{args.script}: the run that was in {self.folder} is now {aside}: --resume would go on with it")
+            show_line(f"{script}: the run that was in {self.folder} is now {aside}: --resume would go on with it")
         for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
-        what = f"{args.preset} on {args.dataset}, {count:,} images, {self.steps} steps an epoch"
-        show_line(f"{args.script}: {what}")
-        write_picture(self.folder / "real.png", grid(to_unit(data.images[:64].cpu())))
+        images = self.data.images
+        what = f"{self.args.preset} on {self.args.dataset}, {len(images):,} images, {self.steps} steps an epoch"
+        show_line(f"{script}: {what}")
+        write_picture(self.folder / "real.png", grid(to_unit(images[:64].cpu())))
 
     def capture(self, step: Callable) -> Callable:
         """`step` as one CUDA graph, where that can be."""
@@ -903,7 +915,7 @@ class Run:
         with handling_signals({signal.SIGINT: note, signal.SIGTERM: note}):
             for epoch in range(self.epoch + 1, self.args.epochs + 1):
                 seed_everything(self.args.seed, epoch)
-                self.step, self.extra = 0, {}
+                self.losses, self.extra = [], {}
                 self.started = self.shown = time.perf_counter()
                 for network in self.networks.values():
                     network.train()
@@ -915,11 +927,8 @@ class Run:
 
     def record(self, losses: dict[str, Tensor]) -> None:
         """Keep a step's losses, without waiting for the device. Names carry units: "generator loss [nats]"."""
-        if not self.names:
-            self.names = list(losses)
-            self.losses = torch.zeros(self.steps, len(losses), device=self.compute.device)
-        self.losses[self.step] = torch.stack([loss.detach() for loss in losses.values()])
-        self.step += 1
+        self.names = list(losses)
+        self.losses.append(torch.stack([loss.detach() for loss in losses.values()]))
         if self.interrupted:
             again = f"python {self.args.script}.py --resume --out-dir {self.folder} goes on after epoch {self.epoch}"
             nothing = "nothing was saved before the first epoch's end"
@@ -927,15 +936,16 @@ class Run:
         now = time.perf_counter()
         if now - self.shown > 0.5 and sys.stdout.isatty() and not is_quiet():
             self.shown = now
-            self.show(dict(zip(self.names, self.losses[self.step - 1].tolist())), now - self.started, end="")
+            self.show(dict(zip(self.names, self.losses[-1].tolist())), now - self.started, end="")
 
     def show(self, losses: dict[str, float], seconds: float, end: str = "\n") -> None:
         """The progress line, `seconds` into an epoch."""
         done, total = len(self.history) + 1, self.args.epochs
-        per_epoch = self.history[-1]["seconds"] if self.history else seconds * self.steps / self.step
-        left = per_epoch * (total - done) + seconds * (self.steps / self.step - 1)
+        whole = seconds * self.steps / len(self.losses)  # this epoch's seconds
+        per_epoch = self.history[-1]["seconds"] if self.history else whole
+        left = per_epoch * (total - done) + whole - seconds
         figures = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in losses.items())
-        rate = self.step * self.args.batch_size / seconds
+        rate = len(self.losses) * self.args.batch_size / seconds
         line = f"epoch {done:>{len(str(total))}}/{total}  {figures}  {rate:,.0f} images/s  {clock(left)} left"
         show_line(line, end)
 
@@ -944,7 +954,7 @@ class Run:
         self.extra |= figures
 
     def end_epoch(self, epoch: int) -> None:
-        losses, faults = self.losses[: self.step].cpu().double(), []
+        losses, faults = torch.stack(self.losses).cpu().double(), []
         for step, column in (~losses.isfinite()).nonzero().tolist()[:1]:
             faults.append(f"{self.names[column]} is {losses[step, column]:g} in epoch {epoch}, step {step + 1}")
         for name, network in self.networks.items():
@@ -959,7 +969,7 @@ class Run:
             dist.all_reduce(means)
             means /= processes()
         seconds = time.perf_counter() - self.started
-        rate = self.step * self.args.batch_size / seconds
+        rate = len(self.losses) * self.args.batch_size / seconds
         figures = dict(zip(self.names, means.tolist()))
         self.show(figures | {name: self.extra[name] for name in self.extra if name.startswith("test loss")}, seconds)
         times = {"seconds": round(seconds, 3), "images per second": round(rate, 1)}
@@ -980,8 +990,7 @@ class Run:
             writer = csv.DictWriter(file, list(self.history[-1]))
             writer.writeheader()
             writer.writerows(self.history)
-        losses = [name for name in self.history[-1] if name not in ("epoch", "seconds", "images per second")]
-        curves = {name: [row[name] for row in self.history] for name in losses}
+        curves = {name: [row[name] for row in self.history] for name in (*self.names, *self.extra)}
         write_picture(self.folder / "losses.png", plot_lines(curves, "epoch", "loss"))
         checkpoint = dict(
             format=CHECKPOINT_FORMAT,
@@ -1003,11 +1012,8 @@ class Run:
         """This epoch's picture of the fixed latents, (N, C, H, W) in [0, 1]; in a notebook it is shown in line."""
         picture = to_picture(grid(images))
         self.save_picture(f"samples/epoch-{len(self.history) + 1:04}.png", picture)
-        if in_notebook():
-            from IPython.display import display
-
-            display(picture, display_id=f"samples {id(self)}", update=self.displayed)
-            self.displayed = True
+        show_in_notebook(picture, display_id=f"samples {id(self)}", update=self.displayed)
+        self.displayed = True
 
     def save_picture(self, name: str, image: Tensor | Image.Image) -> None:
         """A picture of the model's own in the run's folder: float (C, H, W) in [0, 1] or a Pillow image."""
@@ -1018,18 +1024,16 @@ class Run:
         """The figure at a quarter, half, three quarters and all of the epochs, the animation, and the last line."""
         if is_quiet():
             return
-
-        def samples(epochs) -> dict[int, Image.Image]:
-            paths = {epoch: self.folder / "samples" / f"epoch-{epoch:04}.png" for epoch in sorted(set(epochs))}
-            return {epoch: Image.open(path) for epoch, path in paths.items() if path.exists()}
-
         total = self.args.epochs
-        quarters = samples(max(1, round(total * part / 4)) for part in (1, 2, 3, 4))
-        moments = samples(1 + round(i * (total - 1) / 39) for i in range(40))
-        if quarters and moments:
-            panels = [(f"Epoch {epoch}", picture) for epoch, picture in quarters.items()]
+        quarters = {max(1, round(total * part / 4)) for part in (1, 2, 3, 4)}
+        moments = {1 + round(i * (total - 1) / 39) for i in range(40)}
+        paths = {epoch: self.folder / "samples" / f"epoch-{epoch:04}.png" for epoch in sorted(quarters | moments)}
+        pictures = {epoch: Image.open(path) for epoch, path in paths.items() if path.exists()}
+        panels = [(f"Epoch {epoch}", picture) for epoch, picture in pictures.items() if epoch in quarters]
+        frames = [picture for epoch, picture in pictures.items() if epoch in moments]
+        if panels and frames:
             write_picture(self.folder / "progress.png", label_panels(panels))
-            write_gif(self.folder / "progress.gif", list(moments.values()))
+            write_gif(self.folder / "progress.gif", frames)
         show_line(f"{self.args.script}: done, pictures in {self.folder}: look at {self.folder / 'progress.png'}")
 
 
@@ -1047,12 +1051,11 @@ class Sampler(NamedTuple):
     evaluate: Callable | None = None
 
 
-def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = None, chunk: int = 500) -> Iterator:
+def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = None) -> Iterator:
     """`count` samples in chunks: uint8 (n, C, H, W) on the CPU and their labels (n,) or None. Classes come in turn."""
     generator = torch.Generator().manual_seed(seed)
-    for start in range(0, count, chunk):
-        numbers = torch.arange(start, min(start + chunk, count))
-        latents = torch.randn(chunk, sampler.latent_size, generator=generator)[: len(numbers)].to(device)
+    for numbers in torch.arange(count).split(500):
+        latents = torch.randn(500, sampler.latent_size, generator=generator)[: len(numbers)].to(device)
         labels = None
         if sampler.classes:
             labels = numbers % sampler.classes if label is None else torch.full_like(numbers, label)
@@ -1079,10 +1082,8 @@ def sample(args: argparse.Namespace, load_sampler: Callable) -> None:
     else:
         write_folder(target, chunks, args.sample)
     show_line(f"{args.script}: {args.sample:,} images in {target}")
-    if as_grid and in_notebook():
-        from IPython.display import display
-
-        display(Image.open(target))
+    if as_grid:
+        show_in_notebook(Image.open(target))
 
 
 def write_folder(folder: Path, chunks: Iterator, count: int) -> None:

@@ -188,7 +188,7 @@ def test_any_losses_round_trip_through_the_log(tmp_path):
         for _ in run.batches():
             pair = losses.pop()
             run.record({"a [nats]": torch.tensor(pair[0]), 'b, "quoted" [nats]': torch.tensor(pair[1])})
-        expected.append(run.losses.double().mean(0).tolist())
+        expected.append(torch.stack(run.losses).double().mean(0).tolist())
     with open(tmp_path / "run/log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [[float(row["a [nats]"]), float(row['b, "quoted" [nats]'])] for row in rows] == expected
