@@ -954,7 +954,11 @@ class Run:
         self.extra |= figures
 
     def end_epoch(self, epoch: int) -> None:
-        losses, faults = torch.stack(self.losses).cpu().double(), []
+        losses, faults = torch.stack(self.losses).float(), []
+        if dist.is_initialized():  # where one process has a loss that is not finite, all of them find it and end
+            dist.all_reduce(losses)
+            losses /= processes()
+        losses = losses.cpu().double()
         for step, column in (~losses.isfinite()).nonzero().tolist()[:1]:
             faults.append(f"{self.names[column]} is {losses[step, column]:g} in epoch {epoch}, step {step + 1}")
         for name, network in self.networks.items():
@@ -963,14 +967,9 @@ class Run:
         if faults:
             kept = f"the checkpoint of epoch {self.epoch} is kept" if self.epoch else "no checkpoint was written"
             raise UserError(f"{faults[0]}: {kept}; a lower --lr may help")
-        means = losses.mean(0)
-        if dist.is_initialized():
-            means = means.float().to(self.compute.device)  # where NCCL wants it
-            dist.all_reduce(means)
-            means /= processes()
         seconds = time.perf_counter() - self.started
         rate = len(self.losses) * self.args.batch_size / seconds
-        figures = dict(zip(self.names, means.tolist()))
+        figures = dict(zip(self.names, losses.mean(0).tolist()))
         self.show(figures | {name: self.extra[name] for name in self.extra if name.startswith("test loss")}, seconds)
         times = {"seconds": round(seconds, 3), "images per second": round(rate, 1)}
         self.history.append({"epoch": epoch, **figures, **self.extra, **times})

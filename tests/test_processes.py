@@ -16,7 +16,7 @@ import gan
 from tests.conftest import ROOT, write_idx
 
 
-def start(script: str, folder: Path, *options, count: int = 2) -> list[subprocess.Popen]:
+def start(script: str | Path, folder: Path, *options, count: int = 2) -> list[subprocess.Popen]:
     """The processes that torchrun would start, without its own seconds of start-up."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -84,6 +84,29 @@ def test_a_lost_process_ends_all_with_a_line(tmp_path):
     (status, _, error), _ = finish(processes)
     assert status == 2 and error.startswith("gan.py: error: lost another process"), error
     assert common.load_checkpoint(tmp_path / "run")["epoch"] >= 1
+
+
+UNLUCKY = """
+import common, gan
+
+make_step = gan.make_step
+
+def make_unlucky_step(*parts):
+    step = make_step(*parts)
+    return lambda *batch: {name: loss * float("nan") ** common.rank() for name, loss in step(*batch).items()}
+
+gan.make_step = make_unlucky_step
+gan.main()
+"""
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_its_name(tmp_path, monkeypatch):
+    write_idx(tmp_path / "tiny", 300)
+    (tmp_path / "unlucky.py").write_text(UNLUCKY)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = finish(start(tmp_path / "unlucky", tmp_path, "--data-dir", "tiny", "--batch-size", 50, "--out-dir", "run"))
+    for status, _, error in done:
+        assert status == 2 and "loss [nats] is nan in epoch 1, step 1: no checkpoint was written" in error, error
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
