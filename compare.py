@@ -49,9 +49,9 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -480,78 +480,66 @@ def report(tables: list[Table], args: Namespace) -> None:
 # ---------------------------------------------------------------------------------------------- grid searches
 
 
-class Trial(NamedTuple):
-    label: str  # the values that vary, but the seed
-    words: list[str]  # the script's options
-    folder: Path
-
-
-def list_trials(script: str, words: list[str], repeat: int) -> list[Trial]:
-    """Every combination of the values that stand behind the options among `words`, with `repeat` seeds each."""
-    options: dict[str, list[str]] = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name.startswith("--"):
-            options[name] = values = [value] if value else []
-        elif options:
-            values.append(word)
-        else:
-            raise common.UserError(f"--grid trains its own runs: name no others; options must follow, not {word!r}")
-    if options.keys() & {"--out-dir", "--resume", "--sample", "--evaluate"}:
-        raise common.UserError("--out-dir, --resume, --sample and --evaluate have no place in a grid of whole runs")
-    if len(options.get("--dataset", [])) > 1:
-        raise common.UserError("a grid ranks runs on one data set: give --dataset one value")
-    seeds = options.pop("--seed", None) or ["0"]
-    if repeat > 1:
-        if len(seeds) > 1 or not seeds[0].isdigit():
-            raise common.UserError("--repeat counts seeds up from one --seed: give a single whole number")
-        seeds = [str(int(seeds[0]) + i) for i in range(repeat)]
-    options["--seed"] = seeds  # the last, so that the seeds of a combination follow each other
-    trials = []
+def list_trials(script: str, args: Namespace) -> dict[Path, tuple[str, list[str]]]:
+    """A grid's runs: by the folder of each, the values that vary, but for the seed, and all the script's options."""
+    # --lr=1e-4 2e-4 is --lr 1e-4 2e-4
+    words = [part for word in args.words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    parser = common.Parser("compare.py", allow_abbrev=False)
+    for name in dict.fromkeys(word for word in words if word.startswith("--")):
+        if name not in ("--out-dir", "--resume", "--sample", "--evaluate"):
+            parser.add_argument(name, dest=name, nargs=1 if name == "--dataset" else "*")
+    options, others = parser.parse_known_args(words)
+    if others:
+        rule = "it trains whole runs of its own on one data set: name no others; options must follow the script"
+        raise common.UserError(f"{others[0]!r} has no place in a grid: {rule}")
+    options = vars(options)
+    seeds = options.pop("--seed", ["0"])
+    if args.repeat > 1 and (len(seeds) != 1 or not seeds[0].isdigit()):
+        raise common.UserError("--repeat counts seeds up from one --seed: give a single whole number")
+    varied = [name for name, values in options.items() if len(values) > 1]
+    # The last, so that the seeds of a combination follow each other.
+    options["--seed"] = [str(int(seeds[0]) + i) for i in range(args.repeat)] if args.repeat > 1 else seeds
+    where = {"--data-dir": args.data_dir, "--device": args.device}  # they do not make another run
+    where = [word for pair in where.items() if pair[1] not in ("data", "auto") for word in pair]
+    trials = {}
     for values in itertools.product(*(values or [""] for values in options.values())):
-        pairs = list(zip(options, values))
-        label = ", ".join(f"{name[2:]} {value}" for name, value in pairs[:-1] if len(options[name]) > 1) or script
-        words = [word for pair in pairs for word in pair if word]
-        # Where the data lie and what computes do not make another run.
-        defining = [pair for pair in pairs if pair[0] not in ("--data-dir", "--device")]
-        parts = [f"{name[2:]}={Path(value).name}".strip("=") for name, value in defining]
-        trials.append(Trial(label, words, Path("grids", "_".join([script, *parts]))))
+        chosen = dict(zip(options, values))
+        label = ", ".join(f"{name[2:]} {chosen[name]}" for name in varied) or script
+        parts = [f"{name[2:]}={Path(value).name}".strip("=") for name, value in chosen.items()]
+        words = [word for pair in chosen.items() for word in pair if word]
+        trials[Path("grids", "_".join([script, *parts]))] = label, words + where
     return trials
 
 
-def train_trials(script: str, trials: list[Trial]) -> list[Trial]:
-    """Train what is not trained yet, one run after the other; returns the trials that ended well."""
+def train_trials(script: str, trials: dict[Path, tuple[str, list[str]]]) -> None:
+    """Train what is not trained yet, one run after the other; takes out the runs that failed."""
     module = importlib.import_module(script)
-    epochs = [module.parse_args(trial.words).epochs for trial in trials]  # a bad option ends it here
+    asked = {folder: module.parse_args(words).epochs for folder, (_, words) in trials.items()}  # a bad option ends it
+    begun = {folder for folder in trials if (folder / "checkpoint.pt").exists()}
+    ended = {folder for folder in begun if common.load_checkpoint(folder, script)["epoch"] >= asked[folder]}
     print(f"compare: a grid of {len(trials)} runs in grids/; interrupted, the same command goes on", flush=True)
-    finished = []
-    for i, trial in enumerate(trials):
-        begun = (trial.folder / "checkpoint.pt").exists()
-        if not begun or common.load_checkpoint(trial.folder, script)["epoch"] < epochs[i]:
-            print(f"\ncompare: run {i + 1} of {len(trials)}: {trial.folder.name}", flush=True)
-            words = [*trial.words, "--out-dir", str(trial.folder), *(["--resume"] if begun else [])]
-            if subprocess.run([sys.executable, module.__file__, *words]).returncode:
-                print(f"compare: {trial.folder.name} failed, and is left out")
-                continue
-        finished.append(trial)
-    if not finished:
+    waiting, start = [folder for folder in trials if folder not in ended], time.monotonic()
+    for i, folder in enumerate(waiting):
+        left = f", {common.clock((time.monotonic() - start) / i * (len(waiting) - i))} left for all" if i else ""
+        print(f"\ncompare: run {i + 1} of {len(waiting)}{left}: {folder.name}", flush=True)
+        words = [*trials[folder][1], "--out-dir", str(folder), *(["--resume"] if folder in begun else [])]
+        if subprocess.run([sys.executable, module.__file__, *words]).returncode:
+            print(f"compare: {folder.name} failed, and is left out")
+            del trials[folder]
+    if not trials:
         raise common.UserError("no run of the grid ended well")
-    return finished
 
 
 def rank(rows: list[dict], labels: list[str]) -> list[dict]:
-    """The floor, then a row a label with means and deviations over its runs, the smallest Frechet distance first."""
+    """A row a label, with means and deviations over its runs, the smallest Frechet distance first."""
     ranked = []
     for label in dict.fromkeys(labels):
-        seeds = [row for row, own in zip(rows[1:], labels) if own == label]
-        mean = seeds[0] | {"run": label}
-        for name in [name for name in COLUMNS if name in mean]:
-            values = [float(row[name]) for row in seeds]
-            mean[name] = statistics.fmean(values)
-            if len(values) > 1:
-                mean[f"{name} deviation"] = statistics.stdev(values)
-        ranked.append(mean)
-    return [rows[0], *sorted(ranked, key=lambda row: row["Frechet"])]
+        seeds = [row for row, own in zip(rows, labels) if own == label]
+        figures = {name: [row[name] for row in seeds] for name in COLUMNS if name in seeds[0]}
+        ranked.append(seeds[0] | {"run": label} | {name: statistics.fmean(values) for name, values in figures.items()})
+        if len(seeds) > 1:
+            ranked[-1] |= {f"{name} deviation": statistics.stdev(values) for name, values in figures.items()}
+    return sorted(ranked, key=lambda row: row["Frechet"])
 
 
 def run(args: Namespace) -> None:
@@ -563,20 +551,19 @@ def run(args: Namespace) -> None:
         report(compare(folders, args, compute), args)
         return
     script = Path(__file__).with_name(args.grid.removesuffix(".py") + ".py")
-    ours = {"--data-dir": args.data_dir, "--device": args.device}
-    words = [word for pair in ours.items() if pair[1] not in ("data", "auto") for word in pair]
-    trials = train_trials(script.stem, list_trials(script.stem, args.words + words, args.repeat))
-    (table,) = compare([trial.folder for trial in trials], args, compute)
-    table.rows = rank(table.rows, [trial.label for trial in trials])
+    trials = list_trials(script.stem, args)
+    train_trials(script.stem, trials)
+    (table,) = compare(list(trials), args, compute)
+    table.rows[1:] = rank(table.rows[1:], [label for label, _ in trials.values()])
     report([table], args)
-    best = next(trial for trial in trials if trial.label == table.rows[1]["run"])
-    command = ["python", script.name if script.parent == Path.cwd() else str(script), *best.words]
+    best = next(words for label, words in trials.values() if label == table.rows[1]["run"])
+    command = ["python", script.name if script.parent == Path.cwd() else str(script), *best]
     print(f"compare: best by Frechet distance: {shlex.join(command)}")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Our options, and as `words` all others in order: folders, or what follows --grid SCRIPT."""
-    usage = "compare.py [options] RUN ...\n       compare.py [options] --grid SCRIPT [its options, with several values]"
+    usage = "compare.py [options] RUN ... | compare.py [options] --grid SCRIPT [its options, with several values]"
     parser = common.Parser("compare.py", usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--grid", nargs="?", const="", metavar="SCRIPT", help="train all combinations of SCRIPT's options; rank them")

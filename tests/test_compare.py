@@ -399,13 +399,14 @@ def test_mistakes_get_one_line_and_status_2(quick, command, words, capsys):
 
 
 def test_grid_lists_every_combination():
-    words = "--lr 1e-4 2e-4 --batch-size 64 128 --epochs 5 --augment".split()
-    trials = compare.list_trials("gan", words, repeat=3)
-    assert len(trials) == 2 * 2 * 3 and len({trial.folder for trial in trials}) == 12
-    assert trials[0].words == ["--lr", "1e-4", "--batch-size", "64", "--epochs", "5", "--augment", "--seed", "0"]
-    assert trials[0].label == "lr 1e-4, batch-size 64" and [trial.words[-1] for trial in trials[:3]] == ["0", "1", "2"]
-    elsewhere = compare.list_trials("gan", [*words, "--data-dir", "x"], repeat=3)
-    assert [trial.folder for trial in elsewhere] == [trial.folder for trial in trials]
+    command = "--grid gan.py --repeat 3 --lr 1e-4 2e-4 --batch-size 64 128 --epochs 5 --augment".split()
+    trials = compare.list_trials("gan", compare.parse_args(command))
+    labels, words = zip(*trials.values())
+    assert len(trials) == 2 * 2 * 3  # by folder: so there are twelve
+    assert words[0] == ["--lr", "1e-4", "--batch-size", "64", "--epochs", "5", "--augment", "--seed", "0"]
+    assert labels[0] == "lr 1e-4, batch-size 64" and [options[-1] for options in words[:3]] == ["0", "1", "2"]
+    elsewhere = compare.list_trials("gan", compare.parse_args([*command, "--data-dir", "x"]))
+    assert list(elsewhere) == list(trials)
 
 
 def test_grid_trains_ranks_and_resumes(quick, monkeypatch, capsys):
