@@ -1,7 +1,6 @@
 """Compare finished runs by figures: what the reports judged by eye, measured, with nothing to download.
 
     python compare.py runs/*                         # the table of all runs, and comparison.{md,csv,json,png}
-    python compare.py runs/* --to assets/results     # the same as assets/results.{md,csv,json,png}
     python compare.py --grid gan.py --lr 1e-4 2e-4 3e-4 --batch-size 64 128 --epochs 5     # a grid search
     python compare.py --grid vae.py --epochs 5 --repeat 3               # mean and deviation over three seeds
 
@@ -44,7 +43,6 @@ import hashlib
 import importlib
 import itertools
 import json
-import math
 import shlex
 import statistics
 import subprocess
@@ -66,49 +64,36 @@ WALKS, STEPS = 200, 16
 BOUND_IMAGES = 250  # test images on which the gap between both bounds is measured: 500 decodings each
 LEAST_STEPS, MOST_STEPS = 250, 1200  # of the judge: five epochs of MNIST, more of smaller sets
 JUDGE = dict(version=1, batch_size=256, lr=5e-3, widths=[32, 64, 128], features=128, shift=2, temperature=0.2)
-
-# figure: digits after the point
-COLUMNS = {
+COLUMNS = {  # figure: digits after the point
     "parameters": 0, "epochs": 0, "minutes": 1, "images/s": 0, "Frechet": 2, "precision": 3, "recall": 3, "classes": 0,
     "KL [nats]": 3, "Wasserstein": 1, "sharpness": 2, "noise": 2, "walk": 3, "agreement": 4, "ELBO [nats]": 1,
     "bound [nats]": 1,
 }  # fmt: skip
 
-# -------------------------------------------------------------------------------------------------- the judge
+
+def build_judge(data: common.Data) -> nn.Sequential:
+    """Images (N, C, H, W) in [0, 1], shrunk to 32x32, to ten logits or, without labels, 64 numbers."""
+    size, features = min(data.images.shape[-1], 32), JUDGE["features"]
+    layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(size)]
+    for inputs, outputs in itertools.pairwise([data.images.shape[1], *JUDGE["widths"]]):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Flatten(), nn.Linear(outputs * (size // 8) ** 2, features, bias=False), nn.BatchNorm1d(features)]
+    layers += [nn.ReLU(), nn.Linear(features, 64 if data.labels is None else 10)]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
-class Judge(nn.Module):
-    """Images (N, C, H, W) in [0, 1] to features (N, 128); these to logits of ten classes, or to 64 numbers."""
-
-    def __init__(self, data: common.Data):
-        super().__init__()
-        self.size = min(data.images.shape[-1], 32)
-        widths, features = [data.images.shape[1], *JUDGE["widths"]], JUDGE["features"]
-        layers: list[nn.Module] = []
-        for inputs, outputs in itertools.pairwise(widths):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
-            layers += [nn.ReLU(), nn.MaxPool2d(2)]
-        layers += [nn.Flatten(), nn.Linear(widths[-1] * (self.size // 8) ** 2, features, bias=False)]
-        self.trunk = nn.Sequential(*layers, nn.BatchNorm1d(features), nn.ReLU())
-        self.head = nn.Linear(features, 64 if data.labels is None else 10)
-        self.to(memory_format=torch.channels_last)
-
-    def shrink(self, images: Tensor) -> Tensor:
-        """uint8 of any size to floats in [0, 1] of at most 32x32."""
-        return F.adaptive_avg_pool2d(common.to_unit(images), self.size)
-
-    @torch.no_grad()
-    def look(self, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """uint8 (N, C, H, W) to features float64 (N, 128) and the class, or largest output, (N,): on the CPU."""
-        features = torch.cat([self.trunk(self.shrink(chunk.to(device))) for chunk in images.split(500)])
-        return features.cpu().double(), self.head(features).argmax(1).cpu()
+@torch.no_grad()
+def look(judge: nn.Sequential, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """uint8 (N, C, H, W) to features, what the last layer is given, float64 (N, 128), and classes (N,): on the CPU."""
+    features = torch.cat([judge[:-1](common.to_unit(chunk.to(device))) for chunk in images.split(500)])
+    return features.cpu().double(), judge[-1](features).argmax(1).cpu()
 
 
 def contrastive_loss(one: Tensor, other: Tensor, temperature: float) -> Tensor:
     """Every projection (N, d) must find its partner among 2N - 1, in nats (Chen et al. 2020, 2002.05709, eq. 1)."""
     both = F.normalize(torch.cat([one, other]))  # (2N, d)
-    logits = both @ both.T / temperature
-    logits = logits.masked_fill(torch.eye(len(both), dtype=torch.bool, device=both.device), -math.inf)
+    logits = (both @ both.T / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(logits, torch.arange(len(both), device=both.device).roll(len(one)))
 
 
@@ -121,10 +106,7 @@ def shifted(images: Tensor, most: int) -> Tensor:
 
 
 def worsened(images: Tensor) -> Tensor:
-    """Images (N, C, H, W) blurred, dimmed and speckled, each half of the time, by random amounts.
-
-    A badly drawn eight is an eight to the eye; to a classifier of clean images it is a one.
-    """
+    """Images (N, C, H, W) blurred, dimmed and speckled, each half of the time, by random amounts."""
     much = (2 * torch.rand(3, len(images), 1, 1, 1, device=images.device) - 1).clamp(min=0)
     blurred = F.avg_pool2d(F.avg_pool2d(images, 3, 1, 1), 3, 1, 1)
     dimmed = images.lerp(blurred, much[0]) * (1 - 0.7 * much[1])
@@ -133,49 +115,48 @@ def worsened(images: Tensor) -> Tensor:
 
 def cropped(images: Tensor) -> Tensor:
     """A random crop of each image, half to all of its side, perhaps mirrored, its channels 20 % more or less."""
-    n, channels = images.shape[:2]
-    sides = torch.empty(n, 1, device=images.device).uniform_(0.5, 1)
-    corners = torch.empty(n, 2, device=images.device).uniform_(-1, 1) * (1 - sides)
-    maps = torch.zeros(n, 2, 3, device=images.device)
-    maps[:, 0, 0] = sides[:, 0] * (torch.randint(0, 2, (n,), device=images.device) * 2 - 1)
-    maps[:, 1, 1], maps[:, :, 2] = sides[:, 0], corners
+    n, channels, device = *images.shape[:2], images.device
+    sides = torch.empty(n, 1, device=device).uniform_(0.5, 1)
+    corners = torch.empty(n, 2, device=device).uniform_(-1, 1) * (1 - sides)
+    flips = torch.randint(0, 2, (n, 1), device=device) * 2 - 1
+    maps = torch.cat([torch.cat([sides * flips, sides], dim=1).diag_embed(), corners[..., None]], dim=2)  # (N, 2, 3)
     crops = F.grid_sample(images, F.affine_grid(maps, images.shape, align_corners=False), align_corners=False)
-    return crops * torch.empty(n, channels, 1, 1, device=images.device).uniform_(0.8, 1.2)
+    return crops * torch.empty(n, channels, 1, 1, device=device).uniform_(0.8, 1.2)
 
 
-def train_judge(data: common.Data, compute: common.Compute, steps: int) -> Judge:
+def train_judge(data: common.Data, compute: common.Compute, steps: int) -> nn.Sequential:
     """A classifier of shifted images, or without labels a network that knows an image by any crop of it."""
     common.seed_everything(0)
-    judge = Judge(data).to(compute.device)
+    judge = build_judge(data).to(compute.device)
     optimizer = torch.optim.AdamW(judge.parameters(), JUDGE["lr"], weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, JUDGE["lr"], total_steps=steps)
     progress = common.Progress(steps, "steps of the judge")
     for step in range(steps):
         picked = torch.randperm(len(data.images))[: JUDGE["batch_size"]]
-        images = judge.shrink(data.images[picked].to(compute.device)).contiguous(memory_format=torch.channels_last)
+        images = data.images[picked].to(compute.device, memory_format=torch.channels_last)
+        images = judge[0](common.to_unit(images))  # at most 32x32
         with compute.autocast():
             if data.labels is None:
-                outputs = judge.head(judge.trunk(torch.cat([cropped(images), cropped(images)]))).float()
+                outputs = judge(torch.cat([cropped(images), cropped(images)])).float()
                 loss = contrastive_loss(*outputs.chunk(2), JUDGE["temperature"])
             else:
-                logits = judge.head(judge.trunk(worsened(shifted(images, JUDGE["shift"])))).float()
-                loss = F.cross_entropy(logits, data.labels[picked].to(compute.device))
+                outputs = judge(worsened(shifted(images, JUDGE["shift"]))).float()
+                loss = F.cross_entropy(outputs, data.labels[picked].to(compute.device))
         common.descend(loss, optimizer)
         schedule.step()
         progress.update(step + 1)
     return judge.eval()
 
 
-def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Compute) -> Judge:
+def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Compute) -> nn.Sequential:
     """The judge of a data set, kept in the data folder; trained anew when its settings or the images change."""
-    path = Path(data_dir, f"judge-{name}.pt")
-    some = data.images[:: math.ceil(len(data.images) / 1000)].contiguous()
+    path, judge = Path(data_dir, f"judge-{name}.pt"), build_judge(data).to(compute.device)
+    some = data.images[:: -(-len(data.images) // 1000)].contiguous()
     images = f"{list(data.images.shape)} {hashlib.sha256(some.numpy().tobytes()).hexdigest()}"
     settings = JUDGE | dict(images=images, steps=min(MOST_STEPS, max(LEAST_STEPS, len(data.images) // 50)))
     with contextlib.suppress(Exception):  # absent, or damaged in any way: it can always be made again
         kept = torch.load(path, map_location=compute.device, weights_only=True)
         if kept["settings"] == settings:
-            judge = Judge(data).to(compute.device)
             judge.load_state_dict(kept["weights"])
             return judge.eval()
     print(f"training the judge of {name}, once: it is kept as {path}", flush=True)
@@ -188,35 +169,27 @@ def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Comp
     return judge
 
 
-# ----------------------------------------------------------------------------------------------- the measures
-
-
 def frechet_distance(one: Tensor, other: Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features (N, d), (M, d) (Heusel et al. 2017, 1706.08500, eq. 6).
-
-    C1 C2 has the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2); the sum of their roots is the last trace.
-    """
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features (N, d), (M, d) (Heusel et al. 2017, 1706.08500 eq. 6)."""
     one, other = one.double(), other.double()
     covariance, covariance2 = one.T.cov(), other.T.cov()
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # C1 C2 has the eigenvalues of this symmetric product; the sum of their roots is the last trace.
     cross = torch.linalg.eigvalsh(root @ covariance2 @ root).clamp(min=0).sqrt().sum()
     squares = (one.mean(0) - other.mean(0)).square().sum()
     return (squares + covariance.trace() + covariance2.trace() - 2 * cross).item()
 
 
-def precision_and_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of fake among real features (N, d), and the reverse (Kynkäänniemi et al. 2019, 1904.06991, eq. 2).
+def share_among(points: Tensor, others: Tensor, k: int = 3) -> float:
+    """Share of points (N, d) that are nearer to one of others (M, d) than is that one's own k-th neighbour.
 
-    A point is among others when it is nearer to one of them than is that one's own k-th neighbour among them.
+    Precision is that of samples among real images, recall the reverse (Kynkäänniemi et al. 2019, 1904.06991, eq. 2).
     """
-    shares = []
-    for points, others in ((fake, real), (real, fake)):
-        # The nearest of all is the point itself.
-        reach = torch.cat([torch.cdist(chunk, others).kthvalue(k + 1).values for chunk in others.split(1000)])
-        inside = torch.cat([(torch.cdist(chunk, others) <= reach).any(1) for chunk in points.split(1000)])
-        shares.append(inside.double().mean().item())
-    return shares[0], shares[1]
+    # The nearest of all is the point itself.
+    reach = torch.cat([torch.cdist(chunk, others).kthvalue(k + 1).values for chunk in others.split(1000)])
+    inside = torch.cat([(torch.cdist(chunk, others) <= reach).any(1) for chunk in points.split(1000)])
+    return inside.double().mean().item()
 
 
 def class_figures(shares: Tensor, real_shares: Tensor) -> tuple[int, float]:
@@ -242,8 +215,7 @@ def texture(images: Tensor) -> tuple[float, float]:
     sums = torch.zeros(3, dtype=torch.float64)
     for chunk in images.split(250):
         calm, speckle = split_speckle(common.to_unit(chunk))
-        across, down = calm.diff(dim=3)[..., :-1, :], calm.diff(dim=2)[..., :-1]
-        squares = across.square() + down.square()
+        squares = calm.diff(dim=3)[..., :-1, :].square() + calm.diff(dim=2)[..., :-1].square()
         sums += torch.stack([squares.pow(1.5).sum(), squares.sum(), speckle.square().sum()]).double()
     return (sums[0] / sums[1].clamp(min=1e-12)).item(), (sums[2] / images.numel()).sqrt().item()
 
@@ -268,8 +240,7 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     kernel = (taps[:, None] * taps).expand(images.shape[1], 1, 5, 5)
     levels = []
     while images.shape[-1] >= 32:
-        padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
-        smaller = F.conv2d(padded, kernel, stride=2, groups=images.shape[1])
+        smaller = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), kernel, stride=2, groups=images.shape[1])
         levels.append(images - F.interpolate(smaller, images.shape[-2:], mode="bilinear", align_corners=False))
         images = smaller
     return [*levels, images]
@@ -302,36 +273,29 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, per_image: int = 16) -> float
     return 1000 * statistics.fmean(distances)
 
 
-# -------------------------------------------------------------------------------------------------- the table
-
-
 class Table:
-    """The real images of one data set, which samples are measured against, and the rows of figures, the floor first.
-
-    A row holds "run", "pictures" and figures. UserError when the data is absent or has under 20 images.
-    """
+    """The real images of one data set, which samples are measured against, and the rows of figures, the floor first."""
 
     def __init__(self, dataset: str, size: int | None, data_dir: str, compute: common.Compute):
         self.name, self.device = Path(dataset).name + (f"-{size}" if size else ""), compute.device
-        train = common.load_data(dataset, data_dir, size=size)
+        train = test = common.load_data(dataset, data_dir, size=size)
+        if len(train.images) < 20:
+            raise common.UserError(f"{dataset} has {len(train.images)} images: too few to compare with")
+        self.judge = load_judge(self.name, train, data_dir, compute)
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(train.images), generator=generator)
-        if len(order) < 20:
-            raise common.UserError(f"{dataset} has {len(order)} images: too few to compare with")
-        self.judge = load_judge(self.name, train, data_dir, compute)
         if train.labels is None:
-            test, picked, order = train, order[: len(order) // 2], order[len(order) // 2 :]
+            picked, order = order.tensor_split([len(order) // 2])
         else:
             test = common.load_data(dataset, data_dir, train=False)
             picked = torch.randperm(len(test.images), generator=generator)
         picked, order = picked[:SAMPLES], order[:SAMPLES]
         self.images = test.images[picked]  # uint8 (N, C, H, W)
-        self.texture = texture(self.images)
-        self.features, classes = self.judge.look(self.images, self.device)  # (N, 128), (N,)
-        self.shares, self.accuracy, kind = None, None, "images"
+        self.texture, self.shares, self.accuracy, kind = texture(self.images), None, None, "images"
+        self.features, classes = look(self.judge, self.images, self.device)  # (N, 128), (N,)
         if test.labels is not None:
             self.shares = classes.bincount(minlength=10).clamp(min=1) / len(classes)  # as the judge sees them
-            self.accuracy = (classes == test.labels[picked]).double().mean().item()  # of the judge
+            self.accuracy = (classes == test.labels[picked]).double().mean().item()
             kind = f"test images, {self.accuracy:.2%} known to the judge"
         self.title = f"{self.name}: measured against {len(self.images):,} {kind}"
         self.floor = common.Data(*(part if part is None else part[order] for part in train))
@@ -339,18 +303,18 @@ class Table:
 
     def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
         """All figures of samples, uint8 (N, C, H, W), that need nothing else; labels (N,) are the classes asked for."""
-        features, classes = self.judge.look(images, self.device)
+        features, classes = look(self.judge, images, self.device)
         few = min(len(features), len(self.features), NEIGHBOURHOODS)
-        distance, variance = frechet_distance(self.features, features), self.features.var(0).sum().item()
-        precision, recall = precision_and_recall(self.features[:few].float(), features[:few].float())
-        figures = {"Frechet": 100 * distance / variance, "precision": precision, "recall": recall}
-        if self.shares is not None:
-            shares = classes.bincount(minlength=len(self.shares)) / len(classes)
-            figures["classes"], figures["KL [nats]"] = class_figures(shares, self.shares)
-        else:
+        real, fake = self.features[:few].float(), features[:few].float()
+        distance = 100 * frechet_distance(self.features, features) / self.features.var(0).sum().item()
+        figures = {"Frechet": distance, "precision": share_among(fake, real), "recall": share_among(real, fake)}
+        if self.shares is None:
             figures["Wasserstein"] = sliced_wasserstein(self.images, images)
+        else:
+            shares = classes.bincount(minlength=10) / len(classes)
+            figures["classes"], figures["KL [nats]"] = class_figures(shares, self.shares)
         slope, speckle = texture(images)
-        figures["sharpness"], figures["noise"] = slope / self.texture[0], speckle / max(self.texture[1], 1e-12)
+        figures |= {"sharpness": slope / self.texture[0], "noise": speckle / max(self.texture[1], 1e-12)}
         if labels is not None:
             figures["agreement"] = (classes == labels).double().mean().item()
         return figures
@@ -358,37 +322,25 @@ class Table:
     def add(self, sampler: common.Sampler, row: dict, count: int) -> None:
         """Complete a run's row: figures of `count` samples, and as pictures twelve of them, then a walk in eight."""
         chunks, progress = [], common.Progress(count, f"samples of {row['run']}")
-        for chunk in common.draw(sampler, count, 0, self.device):
-            chunks.append(chunk)
-            progress.update(sum(len(images) for images, _ in chunks))
-        images, labels = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*chunks))
-        row |= self.measure(images, labels)
+        for images, _ in common.draw(sampler, count, 0, self.device):
+            chunks.append(images)
+            progress.update(sum(map(len, chunks)))
+        images = torch.cat(chunks)
+        row |= self.measure(images, torch.arange(count) % sampler.classes if sampler.classes else None)
         start, end = torch.randn(2, WALKS, sampler.latent_size, generator=torch.Generator().manual_seed(1))
         walks = []
         for i, path in enumerate(interpolate(start, end, STEPS + 1).to(self.device)):  # (STEPS + 1, latent_size)
             label = torch.full((len(path),), i % sampler.classes, device=self.device) if sampler.classes else None
             walks.append(common.to_bytes(sampler.generate(path, label)))
-        features, _ = self.judge.look(torch.cat(walks), self.device)
+        features, _ = look(self.judge, torch.cat(walks), self.device)
         row["walk"] = evenness(features.view(WALKS, STEPS + 1, -1))
         row["pictures"] = torch.cat([images[:12], walks[1][torch.linspace(0, STEPS, 8).long()]])
         if sampler.evaluate is not None:
             common.seed_everything(0)
-            row["ELBO [nats]"] = next(iter(sampler.evaluate(self.images, 1).values()))
+            row["ELBO [nats]"], _ = sampler.evaluate(self.images, 1).values()
             elbo, bound = sampler.evaluate(self.images[:BOUND_IMAGES]).values()
             row["bound [nats]"] = row["ELBO [nats]"] + bound - elbo
         self.rows.append(row)
-
-
-def compare(folders: list[str | Path], args: Namespace, compute: common.Compute) -> list[Table]:
-    """Measure the runs in these folders: a table for each data set among them."""
-    runs = [load_run(folder, compute.device) for folder in folders]  # all: what can't be read ends it here
-    tables: dict[tuple, Table] = {}
-    for i, (images, sampler, row) in enumerate(runs, start=1):
-        if images not in tables:
-            tables[images] = Table(*images, args.data_dir, compute)
-        print(f"compare: measuring {row['run']}, {i} of {len(runs)}", flush=True)
-        tables[images].add(sampler, row, args.samples)
-    return list(tables.values())
 
 
 def scripts() -> set[str]:
@@ -398,12 +350,8 @@ def scripts() -> set[str]:
 
 
 def load_run(folder: str | Path, device: torch.device) -> tuple[tuple[str, int | None], common.Sampler, dict]:
-    """A run's data set with the size of its images (of a folder), its sampler, and what needs no measuring of its row.
-
-    UserError when the folder holds no checkpoint, or one that is damaged or of no script here.
-    """
-    folder = Path(folder)
-    if not (folder / "checkpoint.pt").is_file():
+    """A run's (data set, size of a folder's images), its sampler and its row so far; UserError if it can't be read."""
+    if not Path(folder, "checkpoint.pt").is_file():
         raise common.UserError(f"{folder} holds no run: there is no checkpoint.pt in it")
     checkpoint = common.load_checkpoint(folder)
     script, options, history = (checkpoint[name] for name in ("script", "options", "history"))
@@ -412,28 +360,36 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[tuple[str, int |
         raise common.UserError(f"{folder} is a run of {script!r}: there is no such script here")
     try:
         sampler = importlib.import_module(script).load_sampler(checkpoint, device)
-        row = {"run": folder.resolve().name, "parameters": sampler.parameters, "epochs": len(history)}
+        row = {"run": Path(folder).resolve().name, "parameters": sampler.parameters, "epochs": len(history)}
         row["minutes"] = sum(epoch["seconds"] for epoch in history) / 60
         row["images/s"] = statistics.median(epoch["images per second"] for epoch in history)
         if len(history) < options["epochs"]:
             row["epochs asked"] = options["epochs"]
         dataset = str(options["dataset"])
         return (dataset, None if dataset in common.LABELLED else options["image_size"]), sampler, row
-    except common.UserError as error:
-        raise common.UserError(f"{folder}: {error}") from error
     except Exception as error:  # a damaged checkpoint raises whatever its contents lead to
-        raise common.UserError(f"{folder}: the checkpoint is damaged ({type(error).__name__}: {error})") from error
+        why = f"{type(error).__name__}: {error}"
+        raise common.UserError(f"{folder}: the checkpoint is damaged or of another version ({why})") from error
+
+
+def compare(folders: list[str | Path], args: Namespace, compute: common.Compute) -> list[Table]:
+    """Measure the runs in these folders: a table for each data set among them."""
+    runs = [load_run(folder, compute.device) for folder in folders]  # all: what can't be read ends it here
+    tables = {data: Table(*data, args.data_dir, compute) for data in dict.fromkeys(run[0] for run in runs)}
+    for i, (data, sampler, row) in enumerate(runs, start=1):
+        print(f"compare: measuring {row['run']}, {i} of {len(runs)}", flush=True)
+        tables[data].add(sampler, row, args.samples)
+    return list(tables.values())
 
 
 def cell(row: dict, name: str) -> str:
-    """A figure as the tables show it: empty where there is none, with its deviation where there is one."""
+    """A figure as the tables show it: with its deviation, or the epochs that a run still under way was asked for."""
     if name not in row:
         return ""
-    if name == "epochs" and "epochs asked" in row:
-        return f"{row[name]:.0f} of {row['epochs asked']:.0f}"
-    deviation = row.get(f"{name} deviation")
+    deviation, asked = row.get(f"{name} deviation"), row.get(f"{name} asked")
     digits = COLUMNS[name] or (1 if deviation else 0)
-    return f"{row[name]:,.{digits}f}" + (f" ± {deviation:,.{digits}f}" if deviation else "")
+    more = f" ± {deviation:,.{digits}f}" if deviation else f" of {asked:,}" if asked else ""
+    return f"{row[name]:,.{digits}f}{more}"
 
 
 def lay_out(rows: list[dict]) -> str:
@@ -447,24 +403,21 @@ def lay_out(rows: list[dict]) -> str:
 
 
 def panel(row: dict) -> tuple[str, Image.Image]:
-    """A row's name and main figures, and its pictures: twelve samples and a walk, or twenty real images."""
+    """A row's name and main figures, and its pictures, taken out of it: twelve samples and a walk, or real images."""
     shown = ("Frechet", "precision", "recall", "classes", "sharpness", "noise", "walk")
     caption = "    ".join([row["run"], *(f"{name} {cell(row, name)}" for name in shown if name in row)])
-    tiles = common.to_unit(row["pictures"])
-    tiles = F.interpolate(tiles, scale_factor=max(1, 64 // tiles.shape[-1]), mode="nearest")
-    samples, walked = common.grid(tiles[:12], 12), common.grid(tiles[12:], 8)
-    gap = torch.ones(*samples.shape[:2], 12)
-    return caption.replace("±", "+-"), common.to_picture(torch.cat([samples, gap, walked], dim=2))
+    tiles = common.to_unit(row.pop("pictures"))
+    tiles = F.interpolate(tiles, scale_factor=max(1, 64 // tiles.shape[-1]))
+    samples, walk = F.pad(common.grid(tiles[:12], 12), (0, 12), value=1.0), common.grid(tiles[12:], 8)
+    return caption.replace("±", "+-"), common.to_picture(torch.cat([samples, walk], dim=2))
 
 
 def report(tables: list[Table], args: Namespace) -> None:
     """Print the tables and write them, with the picture, to PREFIX.md, .csv, .json and .png."""
     text = "\n".join(f"{table.title}\n\n{lay_out(table.rows)}\n" for table in tables)
     print(f"\n{text}")
-    panels = [panel(row) for table in tables for row in table.rows]
-    common.write_picture(f"{args.to}.png", common.label_panels(panels, columns=1))
     rows = [{"dataset": table.name} | row for table in tables for row in table.rows]
-    rows = [{name: value for name, value in row.items() if name != "pictures"} for row in rows]
+    common.write_picture(f"{args.to}.png", common.label_panels([panel(row) for row in rows], columns=1))
     judges = {table.name: table.accuracy for table in tables}
     results = dict(samples=args.samples, torch=torch.__version__, judge_accuracy=judges, rows=rows)
     for suffix, content in dict(md=text, json=json.dumps(results, indent=1) + "\n").items():
@@ -475,9 +428,6 @@ def report(tables: list[Table], args: Namespace) -> None:
         sheet.writeheader()
         sheet.writerows(rows)
     print(f"compare: written to {args.to}.md, .csv, .json and .png: look at {args.to}.png")
-
-
-# ---------------------------------------------------------------------------------------------- grid searches
 
 
 def list_trials(script: str, args: Namespace) -> dict[Path, tuple[str, list[str]]]:

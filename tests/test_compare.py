@@ -25,6 +25,10 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def precision_and_recall(real, fake):
+    return compare.share_among(fake, real), compare.share_among(real, fake)
+
+
 @pytest.fixture(scope="module")
 def digits():
     """A thousand labelled training digits and four hundred test digits."""
@@ -73,7 +77,7 @@ def test_precision_and_recall_agree_with_a_plain_computation():
         inside = [any(np.linalg.norm(point - other) <= r for other, r in zip(others, reach)) for point in points]
         return np.mean(inside)
 
-    found = compare.precision_and_recall(real, fake)
+    found = precision_and_recall(real, fake)
     assert found == pytest.approx((among(b, a), among(a, b)))
     assert 0 < found[0] < 1
 
@@ -81,11 +85,11 @@ def test_precision_and_recall_agree_with_a_plain_computation():
 def test_precision_falls_with_bad_samples_and_recall_with_collapse():
     left, right, far = noise(300, 4), noise(300, 4, seed=1) + 100, noise(300, 4, seed=2) - 100
     real = torch.cat([left, right])
-    precision, recall = compare.precision_and_recall(real, noise(300, 4, seed=3))  # one of the two modes
+    precision, recall = precision_and_recall(real, noise(300, 4, seed=3))  # one of the two modes
     assert precision > 0.8 and 0.4 < recall < 0.5
-    precision, recall = compare.precision_and_recall(left, torch.cat([noise(300, 4, seed=3), far]))  # half are junk
+    precision, recall = precision_and_recall(left, torch.cat([noise(300, 4, seed=3), far]))  # half are junk
     assert 0.4 < precision < 0.5 and recall > 0.8
-    assert compare.precision_and_recall(left, far) == (0, 0)
+    assert precision_and_recall(left, far) == (0, 0)
 
 
 def test_class_figures():
@@ -200,11 +204,11 @@ def test_augmentations():
 def test_judge_learns_and_is_kept(quick, digits, monkeypatch, capsys):
     judge = compare.load_judge("digits", digits[0], "data", COMPUTE)
     assert "training the judge" in capsys.readouterr().out
-    features, classes = judge.look(digits[1].images, CPU)
+    features, classes = compare.look(judge, digits[1].images, CPU)
     assert features.shape == (400, 128) and features.dtype == torch.float64
     assert (classes == digits[1].labels).float().mean() > 0.7  # after forty steps
     again = compare.load_judge("digits", digits[0], "data", COMPUTE)
-    assert not capsys.readouterr().out and torch.equal(again.look(digits[1].images, CPU)[0], features)
+    assert not capsys.readouterr().out and torch.equal(compare.look(again, digits[1].images, CPU)[0], features)
     monkeypatch.setattr(compare, "train_judge", lambda data, compute, steps: judge)
     (quick / "a-file").touch()
     compare.load_judge("digits", digits[0], "a-file", COMPUTE)  # a folder that can't be written
@@ -234,7 +238,7 @@ def test_judge_sees_through_blur_and_dimness():
 def test_judge_of_images_without_labels(size):
     images = torch.randint(0, 256, (257, 3, size, size), dtype=torch.uint8)
     judge = compare.train_judge(common.Data(images, None), COMPUTE, steps=2)
-    assert judge.look(images, CPU)[0].shape == (257, 128)
+    assert compare.look(judge, images, CPU)[0].shape == (257, 128)
 
 
 # -------------------------------------------------------------------------------------------- runs and tables
