@@ -298,13 +298,13 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 def choose_compute(args: argparse.Namespace) -> Compute:
     """The device and precision of a run, printed with the reason."""
     device = choose_device(args)
-    name = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    native = has_native_bf16(device)
-    precision = ("bf16" if native else "fp32") if args.precision == "auto" else args.precision
-    why = f"native here: {'yes' if native else 'no'}" if args.precision == "auto" else "as asked"
-    share = f", {processes()} processes" if processes() > 1 else ""
-    show_line(f"{args.script}: device {name}{share}; precision {precision} (bf16 {why})")
+    precision, why = args.precision, "as asked"
+    if precision == "auto":
+        precision, why = ("bf16", "native here: yes") if has_native_bf16(device) else ("fp32", "native here: no")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    name += f", {processes()} processes" if processes() > 1 else ""
+    show_line(f"{args.script}: device {name}; precision {precision} (bf16 {why})")
     return Compute(device, precision)
 
 
@@ -954,12 +954,12 @@ class Run:
         self.extra |= figures
 
     def end_epoch(self, epoch: int) -> None:
-        losses, faults = torch.stack(self.losses).float(), []
+        losses = torch.stack(self.losses).float()
         if dist.is_initialized():  # where one process has a loss that is not finite, all of them find it and end
             dist.all_reduce(losses)
             losses /= processes()
-        losses = losses.cpu().double()
-        for step, column in (~losses.isfinite()).nonzero().tolist()[:1]:
+        losses, faults = losses.cpu().double(), []
+        for step, column in (~losses.isfinite()).nonzero().tolist():
             faults.append(f"{self.names[column]} is {losses[step, column]:g} in epoch {epoch}, step {step + 1}")
         for name, network in self.networks.items():
             if not torch.stack([tensor.isfinite().all() for tensor in network.state_dict().values()]).all():
@@ -1070,8 +1070,6 @@ def sample(args: argparse.Namespace, load_sampler: Callable) -> None:
     as_grid = target.suffix.lower() == ".png"
     if as_grid and args.sample > 10_000:
         raise UserError("a grid shows at most 10,000 images: --to FOLDER writes any number")
-    if target.is_dir() if as_grid else target.exists() and not target.is_dir():
-        raise UserError(f"--to {target}: there is a {'folder' if as_grid else 'file'} of that name")
     device = choose_device(args)
     sampler = load_sampler(args.checkpoint, device)
     chunks = draw(sampler, args.sample, args.seed, device, getattr(args, "label", None))
@@ -1089,8 +1087,8 @@ def write_folder(folder: Path, chunks: Iterator, count: int) -> None:
     """One PNG an image, 00000.png and on; labelled images in a sub-folder a class."""
     written, progress, digits = 0, Progress(count, "images"), max(5, len(str(count - 1)))
     others = {path.name for path in folder.rglob("*.png")} - {f"{i:0{digits}}.png" for i in range(count)}
-    for other in sorted(others)[:1]:
-        raise UserError(f"--to {folder}: it holds other images, such as {other}, which would mix with the samples")
+    if others:
+        raise UserError(f"--to {folder} holds other images, such as {min(others)}: they would mix with the samples")
     for images, labels in chunks:
         for i, image in enumerate(images):
             place = folder if labels is None else folder / str(int(labels[i]))
