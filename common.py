@@ -1070,6 +1070,8 @@ def sample(args: argparse.Namespace, load_sampler: Callable) -> None:
     as_grid = target.suffix.lower() == ".png"
     if as_grid and args.sample > 10_000:
         raise UserError("a grid shows at most 10,000 images: --to FOLDER writes any number")
+    if target.is_dir() if as_grid else target.exists() and not target.is_dir():  # told before any work is done
+        raise UserError(f"--to {target}: there is a {'folder' if as_grid else 'file'} of that name")
     device = choose_device(args)
     sampler = load_sampler(args.checkpoint, device)
     chunks = draw(sampler, args.sample, args.seed, device, getattr(args, "label", None))
