@@ -195,6 +195,7 @@ class Fetcher:
                 self.next_start = max(self.next_start, time.monotonic() + pause)
 
     def get(self, address: str, is_picture: bool, redirects: int = 0) -> bytes:
+        """One try: each address that it leads through has to pass all rules."""
         try:
             parts, trusted = self.check(address)
             path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
@@ -202,8 +203,7 @@ class Fetcher:
                 raise Unusable("robots.txt")
             time.sleep(max(0.0, self.next_start - time.monotonic()))
             self.next_start = time.monotonic() + self.pace
-            with connect(parts, trusted) as connected:
-                response = ask(connected, parts.netloc, path)
+            with ask(parts, trusted, path) as response:
                 if response.status not in (301, 302, 303, 307, 308):
                     self.judge(response, parts.hostname, is_picture)
                     self.bytes += len(body := response.read())
@@ -269,35 +269,33 @@ class Fetcher:
             return "" if 400 <= error.status < 500 and not error.again else "User-agent: *\nDisallow: /"
 
 
-def connect(parts: SplitResult, trusted: bool) -> socket.socket:
-    """A connection to the very address that was checked: looked up again, the name could lead elsewhere."""
+@contextlib.contextmanager
+def ask(parts: SplitResult, trusted: bool, path: str) -> Iterator[http.client.HTTPResponse]:
+    """One request, whose answer's body is still to be read. The connection is made to the very address that was
+    checked: looked up again, the name could lead elsewhere.
+    """
     port = parts.port or (443 if parts.scheme == "https" else 80)
     found = [entry[4][0] for entry in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)]
     public = [address.is_global and not address.is_multicast for address in map(ipaddress.ip_address, found)]
     if not trusted and not all(public):
         raise Unusable("on a private network")
-    failure = ConnectionError()
     for address in found:
-        try:
+        with contextlib.suppress(OSError):
             connected = socket.create_connection((address, port), TIMEOUT)
-            if parts.scheme == "http":
-                return connected
-            return ssl.create_default_context().wrap_socket(connected, server_hostname=parts.hostname)
-        except OSError as error:
-            failure = error
-    raise failure
-
-
-def ask(connected: socket.socket, host: str, path: str) -> http.client.HTTPResponse:
-    """Send a request; returns the answer's status and headers, with its body still to be read."""
+            break
+    else:
+        raise ConnectionError
+    if parts.scheme == "https":
+        connected = ssl.create_default_context().wrap_socket(connected, server_hostname=parts.hostname)
     agent = f"{AGENT}/1.0 (face crops for a small generative model; at most one request a second)"
     headers = {"User-Agent": agent, "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
-    connection = http.client.HTTPConnection(host)
-    connection.sock = connected
-    connection.request("GET", quote(path, safe="/%:@!$&'()*+,;=~?[]"), headers=headers)
-    response = http.client.HTTPResponse(Stream(connected), method="GET")
-    response.begin()
-    return response
+    with connected:
+        connection = http.client.HTTPConnection(parts.netloc)
+        connection.sock = connected
+        connection.request("GET", quote(path, safe="/%:@!$&'()*+,;=~?[]"), headers=headers)
+        response = http.client.HTTPResponse(Stream(connected), method="GET")
+        response.begin()
+        yield response
 
 
 class Stream(io.RawIOBase):
@@ -394,11 +392,11 @@ def equalize(grey: Tensor) -> Tensor:
 
 def shrink(grey: Tensor, height: int, width: int) -> Tensor:
     """Bilinear resizing in integers as OpenCV's INTER_LINEAR_EXACT: half-pixel centres, weights of 1/256."""
-    for side in (width, height):  # (H, W) -> (width, H) -> (height, width)
-        last = grey.shape[1] - 1
+    for side in (height, width):  # (H, W) -> (W, height) -> (height, width): rows are the fast ones to gather
+        last = len(grey) - 1
         place = ((torch.arange(side).double() + 0.5) * (last + 1) / side - 0.5).clamp(0, last)
-        low, weight = place.int(), (place.frac() * 256).round().int()
-        grey = (grey[:, low] * (256 - weight) + grey[:, (low + 1).clamp(max=last)] * weight).T
+        low, weight = place.int(), (place.frac() * 256).round().int()[:, None]
+        grey = (grey[low] * (256 - weight) + grey[(low + 1).clamp(max=last)] * weight).T
     return (grey + 32768) >> 16
 
 
