@@ -603,7 +603,8 @@ def crawl(args: argparse.Namespace) -> None:
         results = common.map_in_processes(crop_post, new, 0 if fetcher else len(posts) // 8, fetcher, *how)
         end = collect(results, folder, args.limit, 0 if args.limit else len(posts), fetcher)
         print(f"{AGENT}: reached {end}: {len(folder.hashes):,} faces in {args.to}, credits in {folder.table}")
-        advice = f"next: python dcgan.py --dataset {shlex.quote(args.to)}"
+        name = "anime" if args.to == "data/anime" else shlex.quote(args.to)
+        advice = f"next: python dcgan.py --dataset {name}"
         print(f"{AGENT}: {advice if folder.hashes else 'no face yet: try other --tags'}")
 
 

@@ -387,6 +387,9 @@ def test_a_server_that_is_down_ends_the_crawl_and_the_next_goes_on(tmp_path, mon
     server.always.clear()
     assert crawl(server, tmp_path) == 0 and len(crops(tmp_path)) == 15
     assert len(server.requests("/images/7/15.png")) == 1
+    assert crawl(server, tmp_path) == 0  # which leaves one row of each post, the last
+    assert (tmp_path / "metadata.csv").read_bytes().count(b"\n") == 16 and len(rows(tmp_path)) == 15
+    assert {row["outcome"] for row in rows(tmp_path).values()} == {"faces"}
     server.close()
 
 
