@@ -28,7 +28,8 @@ any crop of it (Chen et al. 2020), at 32x32 pixels: it can tell whether poses, c
 varied, but not whether fine detail is right; Wasserstein and sharpness can, and know nothing of layout. Figures of
 two judges, or of two data sets, don't compare.
 
-A script joins by its function `load_sampler(checkpoint, device) -> common.Sampler` and by nothing else.
+A script joins by its function `load_sampler(checkpoint, device) -> common.Sampler` and by nothing else. In reading
+order: the judge, the measures, the table of a data set, a run's folder, what is written, grids, the command line.
 """
 
 # /// script
@@ -150,20 +151,19 @@ def train_judge(data: common.Data, compute: common.Compute, steps: int) -> nn.Se
 
 def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Compute) -> nn.Sequential:
     """The judge of a data set, kept in the data folder; trained anew when its settings or the images change."""
-    path, judge = Path(data_dir, f"judge-{name}.pt"), build_judge(data).to(compute.device)
+    path = Path(data_dir, f"judge-{name}.pt")
     some = data.images[:: -(-len(data.images) // 1000)].contiguous()
     images = f"{list(data.images.shape)} {hashlib.sha256(some.numpy().tobytes()).hexdigest()}"
     settings = JUDGE | dict(images=images, steps=min(MOST_STEPS, max(LEAST_STEPS, len(data.images) // 50)))
     with contextlib.suppress(Exception):  # absent, or damaged in any way: it can always be made again
         kept = torch.load(path, map_location=compute.device, weights_only=True)
         if kept["settings"] == settings:
-            judge.load_state_dict(kept["weights"])
-            return judge.eval()
+            return common.restore_networks({"judge": build_judge(data)}, kept, compute.device)["judge"]
     print(f"training the judge of {name}, once: it is kept as {path}", flush=True)
     judge = train_judge(data, compute, settings["steps"])
     try:
         with common.replacing(path) as temporary:
-            torch.save(dict(settings=settings, weights=judge.state_dict()), temporary)
+            torch.save(dict(settings=settings, networks={"judge": judge.state_dict()}), temporary)
     except (common.UserError, RuntimeError) as error:  # a shared data folder may be read-only
         print(f"compare: the judge is not kept: {error}")
     return judge
@@ -313,8 +313,8 @@ class Table:
         else:
             shares = classes.bincount(minlength=10) / len(classes)
             figures["classes"], figures["KL [nats]"] = class_figures(shares, self.shares)
-        slope, speckle = texture(images)
-        figures |= {"sharpness": slope / self.texture[0], "noise": speckle / max(self.texture[1], 1e-12)}
+        ratios = (own / max(real, 1e-12) for own, real in zip(texture(images), self.texture))
+        figures["sharpness"], figures["noise"] = ratios
         if labels is not None:
             figures["agreement"] = (classes == labels).double().mean().item()
         return figures
