@@ -125,8 +125,8 @@ def site_posts(fetcher: "Fetcher", site: Site, tags: str, ratings: list[str]) ->
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{site.home} answers no JSON: it may be down, or no site of this kind") from error
         if not isinstance(page, list):
-            message = printable(page) if isinstance(page, str) else "an object instead of a list"
-            raise SourceError(f"{site.home} answers: {message}")
+            message = page.get("message") or "an object instead of a list" if isinstance(page, dict) else page
+            raise SourceError(f"{site.home} answers: {printable(message)}")
         if not page:
             return
         posts = [post for raw in page if (post := read_post(site, ratings, raw))]
@@ -224,8 +224,8 @@ class Fetcher:
     def check(self, address: str) -> tuple[SplitResult, bool]:
         """An address's parts, and whether it is --base-url's. All others are on the source's own hosts, by https."""
         parts = urlsplit(address)
-        trusted = f"{parts.scheme}://{parts.netloc}".lower() == self.base_url
-        is_https = parts.scheme == "https" and parts.port in (None, 443) and "@" not in parts.netloc
+        trusted = bool(self.base_url) and origin(parts) == origin(urlsplit(self.base_url))
+        is_https = parts.scheme == "https" and origin(parts)[2] == 443 and "@" not in parts.netloc
         if not trusted and not is_https:
             raise Unusable("not an https address")
         if not trusted and not any(f".{parts.hostname}".endswith(f".{own}") for own in self.hosts):
@@ -270,13 +270,18 @@ class Fetcher:
             return "" if 400 <= error.status < 500 and not error.again else "User-agent: *\nDisallow: /"
 
 
+def origin(parts: SplitResult) -> tuple[str, str, int]:
+    """Scheme, host and port. Raises ValueError."""
+    return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
 @contextlib.contextmanager
 def ask(parts: SplitResult, trusted: bool, path: str) -> Iterator[http.client.HTTPResponse]:
     """One request, whose answer's body is still to be read. The connection is made to the very address that was
     checked: looked up again, the name could lead elsewhere.
     """
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    found = [entry[4][0] for entry in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)]
+    scheme, host, port = origin(parts)
+    found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     public = [address.is_global and not address.is_multicast for address in map(ipaddress.ip_address, found)]
     if not trusted and not all(public):
         raise Unusable("on a private network")
@@ -286,8 +291,8 @@ def ask(parts: SplitResult, trusted: bool, path: str) -> Iterator[http.client.HT
             break
     else:
         raise ConnectionError
-    if parts.scheme == "https":
-        connected = ssl.create_default_context().wrap_socket(connected, server_hostname=parts.hostname)
+    if scheme == "https":
+        connected = ssl.create_default_context().wrap_socket(connected, server_hostname=host)
     agent = f"{AGENT}/1.0 (face crops for a small generative model; at most one request a second)"
     headers = {"User-Agent": agent, "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
     with connected:
@@ -623,7 +628,8 @@ def find_posts(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[dict]
     site = SITES[args.site]
     hosts = {urlsplit(site.home).hostname.removeprefix("danbooru.")}  # Danbooru's files are on cdn.donmai.us
     if args.base_url:
-        hosts, site = set(), site._replace(name=urlsplit(args.base_url).hostname, home=args.base_url)
+        name = re.sub(r"[^a-z0-9.]", "_", urlsplit(args.base_url).hostname)  # --forget parts site and id at the hyphen
+        hosts, site = set(), site._replace(name=name, home=args.base_url)
     tags = site.tags if args.tags is None else args.tags
     tags = f"{tags} {site.general if args.rating == ['general'] else ''}".strip()
     fetcher = Fetcher(hosts, args.base_url, args.delay)
@@ -683,7 +689,9 @@ def collect(results: Iterator, folder: Folder, limit: int | None, total: int, fe
             progress.update(faces if limit else new, f"· {summary}")
             failures = {"failed": failures + 1, "faces": 0}.get(result[0]["outcome"], failures)
             if failures == FAILURES:
-                raise SourceError(f"{failures} pictures did not come, and none between them did")
+                raise SourceError(
+                    f"{failures} pictures did not come, and none between them did ({result[0]['reason']})"
+                )
         return "the limit"
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
@@ -729,9 +737,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--delay", type=number(float, 0), default=1.0, metavar="SECONDS", help="between two requests (1)")
     add("--forget", nargs="+", default=[], metavar="ID", help="delete these posts' crops, never fetch them again")
     args = parser.parse_args(argv)
-    base = re.fullmatch(r"(https?://([a-z0-9.-]+)(?::\d{1,5})?)/?", (args.base_url or "").lower())
+    base = re.fullmatch(r"(https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::\d{1,5})?)/?", (args.base_url or "").lower())
     names = [re.fullmatch(r"(?:([a-z0-9._]+)-)?([0-9a-f]{1,16})(?:-\d+\.jpg)?", text) for text in args.forget]
-    is_site, is_here = not (args.urls or args.from_dir), base and base[2] in ("localhost", "127.0.0.1")
+    is_site, is_here = not (args.urls or args.from_dir), base and base[2] in ("localhost", "127.0.0.1", "[::1]")
     for mistake, message in (
         (args.from_dir and args.urls or args.site and not is_site, "--site, --urls and --from-dir exclude each other"),
         (args.tags is not None and not is_site, "--tags goes with --site alone"),

@@ -520,6 +520,15 @@ def test_a_certificate_that_does_not_hold_is_no_answer(monkeypatch):
         crawl_anime.Fetcher({"safebooru.org"}, None, 0).fetch("https://safebooru.org/a.png", is_picture=False)
 
 
+def test_a_base_urls_crops_can_be_forgotten_and_its_usual_port_may_be_left_out():
+    args = crawl_anime.parse_args(["--base-url", "https://my-mirror.example:443", "--forget", "my_mirror.example-12"])
+    fetcher, posts = crawl_anime.find_posts(args)
+    assert posts.gi_frame.f_locals["site"].name == "my_mirror.example" == args.forget[0][0]
+    parts, trusted = fetcher.check("https://my-mirror.example/a.png")
+    assert trusted
+    assert crawl_anime.parse_args(["--base-url", "http://[::1]:8000", "--delay", "0"]).delay == 0
+
+
 def test_the_connection_goes_to_the_very_address_that_was_checked(monkeypatch):
     """A name that leads elsewhere when it is looked up again (DNS rebinding) finds nobody who looks."""
     answers, connected, names = [["93.184.215.14", "93.184.215.15"], ["10.0.0.1"]], [], []
