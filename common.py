@@ -234,7 +234,9 @@ def run_command(function: Callable[[argparse.Namespace], None], args: argparse.N
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or ("alloc" in told and "memory" in told):
                 leave(2, who, "error: out of memory: a smaller --batch-size needs less")
             if processes() > 1 and ("connection" in told or "nccl" in told):
-                leave(2, who, f"error: lost another process: {str(error).splitlines()[0]}")
+                with contextlib.suppress(SystemExit):
+                    leave(2, who, f"error: lost another process: {str(error).splitlines()[0]}")
+                os._exit(2)  # on the usual way out, gloo's threads may abort the process
             raise
         finally:
             if dist.is_initialized():

@@ -1,5 +1,6 @@
 """What all tests share: real data where DATA_DIR points to it, tiny data otherwise, scripts run as by a user."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import common
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # tiny work: more threads only wait for each other
@@ -28,6 +31,12 @@ def run_script(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_drawn_once():
+    """The drawn digits are the same for every test: draw them once in this process."""
+    common.draw_digits = functools.cache(common.draw_digits)
 
 
 @pytest.fixture(scope="session")
@@ -72,8 +81,6 @@ def tensors_of(checkpoint: dict) -> dict[str, torch.Tensor]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Two run folders agree bit for bit: every tensor, every row of the log but its times, every picture."""
-    import common
-
     first, second = common.load_checkpoint(one), common.load_checkpoint(other)
     assert first["epoch"] == second["epoch"]
     left, right = tensors_of(first), tensors_of(second)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import common
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_idx
 
 SCRIPTS = [name for name in ("gan", "dcgan", "vae", "cvaegan") if (ROOT / f"{name}.py").exists()]
 SHARED = "preset dataset data-dir out-dir epochs batch-size lr seed device precision resume sample to".split()
@@ -138,7 +138,8 @@ def test_options_that_contradict_the_checkpoint_are_refused(tmp_path, capsys):
 
 
 def test_progress_is_a_line_an_epoch_or_one_rewritten_line(tmp_path, run_script):
-    options = ["--dataset", "digits", "--batch-size", "500", "--epochs", "2", "--out-dir", "run"]
+    write_idx(tmp_path / "tiny", 300)
+    options = ["--data-dir", "tiny", "--batch-size", "50", "--epochs", "2", "--out-dir", "run"]
     done = run_script("gan", *options)
     lines = [line for line in done.stdout.splitlines() if line.startswith("epoch")]
     pattern = r"epoch {}/2  discriminator loss [\d.]+  generator loss [\d.]+  [\d,]+ images/s  \d:\d\d left"
