@@ -295,6 +295,7 @@ def test_interrupts_end_with_130_and_a_checkpoint(script, number, tmp_path):
     # That a resumed run is the unbroken one is tested where runs are killed.
     assert common.load_checkpoint(tmp_path / "run")["epoch"] >= 1
 
+
 def limit_files(size: int):
     """As a full disk: no file can grow beyond `size` bytes."""
     return lambda: (
