@@ -737,14 +737,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--delay", type=number(float, 0), default=1.0, metavar="SECONDS", help="between two requests (1)")
     add("--forget", nargs="+", default=[], metavar="ID", help="delete these posts' crops, never fetch them again")
     args = parser.parse_args(argv)
-    base = re.fullmatch(r"(https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::\d{1,5})?)/?", (args.base_url or "").lower())
+    base = re.fullmatch(r"(https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?)/?", (args.base_url or "").lower())
     names = [re.fullmatch(r"(?:([a-z0-9._]+)-)?([0-9a-f]{1,16})(?:-\d+\.jpg)?", text) for text in args.forget]
     is_site, is_here = not (args.urls or args.from_dir), base and base[2] in ("localhost", "127.0.0.1", "[::1]")
     for mistake, message in (
         (args.from_dir and args.urls or args.site and not is_site, "--site, --urls and --from-dir exclude each other"),
         (args.tags is not None and not is_site, "--tags goes with --site alone"),
         (args.base_url and args.from_dir, "--base-url goes with --site and --urls"),
-        (args.base_url and not base, "--base-url is http://HOST:PORT or https://HOST"),
+        (args.base_url and not (base and int(base[3] or 0) < 2**16), "--base-url is http://HOST:PORT or https://HOST"),
         (args.from_dir and not Path(args.from_dir).is_dir(), f"--from-dir {args.from_dir}: no such folder"),
         (re.search(r"(^|\s)-?(order|sort|id):", args.tags or ""), "--tags: order:, sort: and id: are the crawl's own"),
         (args.delay < 1 and not is_here, "--delay: less than a second is for a --base-url on this machine"),

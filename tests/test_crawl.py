@@ -778,6 +778,7 @@ def test_where_a_face_is_cut_out(monkeypatch, size, box, expected):
         (["--delay", "0", "--base-url", "http://10.0.0.1"], "--delay"),
         (["--base-url", "ftp://x"], "--base-url"),
         (["--base-url", "https://"], "--base-url"),
+        (["--base-url", "https://x:65536"], "--base-url"),
         (["--base-url", "http://["], "--base-url"),
         (["--base-url", "http://x", "--from-dir", "."], "--base-url"),
         (["--from-dir", "no such folder"], "no such folder"),
