@@ -280,7 +280,7 @@ def test_killed_thirty_times(script, tmp_path):
 
 
 @pytest.mark.parametrize(("script", "number"), [*((s, signal.SIGINT) for s in SCRIPTS), ("gan", signal.SIGTERM)])
-def test_interrupts_end_with_130_and_a_checkpoint(script, number, tmp_path):
+def test_interrupts_end_with_130_and_resume(script, number, tmp_path, monkeypatch):
     prepare_data(tmp_path)
     options = SHORT[script].split()
     command = [sys.executable, "-u", str(ROOT / f"{script}.py"), *options, "--out-dir", "run", "--epochs", "500"]
@@ -292,8 +292,15 @@ def test_interrupts_end_with_130_and_a_checkpoint(script, number, tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error.count("\n") == 1, error
     assert f"{script}.py: interrupted: python {script}.py --resume --out-dir run goes on after epoch" in error
-    # That a resumed run is the unbroken one is tested where runs are killed.
-    assert common.load_checkpoint(tmp_path / "run")["epoch"] >= 1
+    epochs = str(common.load_checkpoint(tmp_path / "run")["epoch"] + 1)
+    if script != "gan":  # that a resumed run is the unbroken one is tested for all of them where they are killed
+        return
+    for sample in (tmp_path / "run/samples").iterdir():  # those of epochs that were drawn and not saved
+        sample.unlink() if int(sample.stem.split("-")[1]) > int(epochs) else None
+    monkeypatch.chdir(tmp_path)
+    for more in (["run", "--resume"], ["unbroken", *options]):
+        importlib.import_module(script).main([*more[1:], "--out-dir", more[0], "--epochs", epochs])
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
 
 
 def limit_files(size: int):

@@ -50,11 +50,12 @@ def test_two_processes_train_as_one_does_and_one_of_them_writes(tmp_path):
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert re.search(r"2 processes", first[1]) and second[1] == second[2] == ""
     assert len((tmp_path / "two/log.csv").read_text().splitlines()) == 3
-    for folder, more in (("one", ["--epochs", 1]), ("two", ["--epochs", 3, "--resume"])):  # with another number
-        ((status, _, error),) = finish(start("gan", tmp_path, *options, folder, *more, count=1))
+    resumed = ["--out-dir", "two", "--resume", "--epochs", 3]  # by another number of processes
+    for words in ([*options, "one", "--epochs", 1], resumed):
+        ((status, _, error),) = finish(start("gan", tmp_path, *words, count=1))
         assert status == 0, error
     one, two = (common.load_checkpoint(tmp_path / folder)["history"] for folder in ("one", "two"))
-    assert len(two) == 3
+    assert len(two) == common.load_checkpoint(tmp_path / "two")["epoch"] == 3
     for name in ("discriminator loss [nats]", "generator loss [nats]"):
         assert one[0][name] == pytest.approx(two[0][name], rel=1e-4)
 
