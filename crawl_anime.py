@@ -224,11 +224,12 @@ class Fetcher:
     def check(self, address: str) -> tuple[SplitResult, bool]:
         """An address's parts, and whether it is --base-url's. All others are on the source's own hosts, by https."""
         parts = urlsplit(address)
-        trusted = bool(self.base_url) and origin(parts) == origin(urlsplit(self.base_url))
-        is_https = parts.scheme == "https" and origin(parts)[2] == 443 and "@" not in parts.netloc
+        scheme, host, port = origin(parts)
+        trusted = bool(self.base_url) and (scheme, host, port) == origin(urlsplit(self.base_url))
+        is_https = scheme == "https" and port == 443 and "@" not in parts.netloc
         if not trusted and not is_https:
             raise Unusable("not an https address")
-        if not trusted and not any(f".{parts.hostname}".endswith(f".{own}") for own in self.hosts):
+        if not trusted and not any(f".{host}".endswith(f".{own}") for own in self.hosts):
             raise Unusable("on a foreign host")
         return parts, trusted
 
@@ -689,9 +690,8 @@ def collect(results: Iterator, folder: Folder, limit: int | None, total: int, fe
             progress.update(faces if limit else new, f"· {summary}")
             failures = {"failed": failures + 1, "faces": 0}.get(result[0]["outcome"], failures)
             if failures == FAILURES:
-                raise SourceError(
-                    f"{failures} pictures did not come, and none between them did ({result[0]['reason']})"
-                )
+                why = result[0]["reason"]
+                raise SourceError(f"{failures} pictures did not come, and none between them did ({why})")
         return "the limit"
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
