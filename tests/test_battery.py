@@ -292,14 +292,16 @@ def test_interrupts_end_with_130_and_resume(script, number, tmp_path, monkeypatc
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error.count("\n") == 1, error
     assert f"{script}.py: interrupted: python {script}.py --resume --out-dir run goes on after epoch" in error
-    epochs = str(common.load_checkpoint(tmp_path / "run")["epoch"] + 1)
+    epoch = common.load_checkpoint(tmp_path / "run")["epoch"]
+    assert epoch >= 1
     if script != "gan":  # that a resumed run is the unbroken one is tested for all of them where they are killed
         return
     for sample in (tmp_path / "run/samples").iterdir():  # those of epochs that were drawn and not saved
-        sample.unlink() if int(sample.stem.split("-")[1]) > int(epochs) else None
+        if int(sample.stem.split("-")[1]) > epoch + 1:
+            sample.unlink()
     monkeypatch.chdir(tmp_path)
-    for more in (["run", "--resume"], ["unbroken", *options]):
-        importlib.import_module(script).main([*more[1:], "--out-dir", more[0], "--epochs", epochs])
+    for words in (["--out-dir", "run", "--resume"], ["--out-dir", "unbroken", *options]):
+        importlib.import_module(script).main([*words, "--epochs", str(epoch + 1)])
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
 
 
