@@ -50,7 +50,10 @@ def test_every_link_into_the_tree_leads_somewhere():
     assert links and all((ROOT / link).exists() for link in links)
 
 
-@pytest.mark.parametrize("results", ["results", "results-banerjee", "results-cvaegan", "results-faces", "results-faces32"])
+RESULTS = ("results", "results-banerjee", "results-cvaegan", "results-faces", "results-faces32")
+
+
+@pytest.mark.parametrize("results", RESULTS)
 def test_the_results_are_those_that_were_measured(results):
     """Every row of the committed results stands in the README, figure by figure as compare.py prints it."""
     rows = json.loads((ROOT / f"assets/{results}.json").read_text())["rows"]
