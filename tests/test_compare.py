@@ -15,6 +15,8 @@ from PIL import Image
 import common
 import compare
 import gan
+from tests import study
+from tests.conftest import write_idx
 
 np = pytest.importorskip("numpy")
 CPU = torch.device("cpu")
@@ -456,3 +458,16 @@ def test_grid_goes_on_without_a_run_that_failed(quick, monkeypatch, capsys):
         compare.main("--grid gan.py --dataset digits --lr 1e-4 1e-3".split())
     captured = capsys.readouterr()
     assert end.value.code == 2 and captured.out.count("failed, and is left out") == 2 and "no run" in captured.err
+
+
+def test_the_study_trains_what_it_is_asked_to_measures_it_and_draws_it(quick, monkeypatch, capsys):
+    write_idx(quick, 200)
+    monkeypatch.setattr(compare, "SAMPLES", 100)
+    words = ["--data-dir", str(quick), "--epochs", "1", "gan-guo", "vae-guo"]
+    study.main(words)
+    study.main([*words, "--epochs", "2"])  # goes on with both
+    assert [row["epochs"] for row in json.loads(Path("comparison.json").read_text())["rows"][1:]] == [2, 2]
+    assert "gan-guo                        2" in capsys.readouterr().out
+    study.main(["--figure", "runs/gan-guo", "runs/vae-guo", "--to", "both.png"])
+    width, height = Image.open("both.png").size
+    assert width > 2 * 466 and 466 < height < 600
