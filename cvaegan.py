@@ -35,7 +35,8 @@ the samples' mean pairwise pixel distance against that of real images, which the
     --weights ours,  --lr 5e-4,  7 epochs    99.0 %    0.88    0.59    0.81
     the defaults,               47 epochs    99.4 %    0.88    0.68    0.83
 
-An epoch takes 23 seconds on 2 cores of an AMD EPYC (Zen 4), 2,600 images a second.
+After the report's 200 epochs compare.py, by its own judge, sees 99.5 % of the asked class, precision 0.83, recall 0.75
+and a Frechet distance of 0.99. An epoch takes 23 seconds on 2 cores of an AMD EPYC (Zen 4), 2,600 images a second.
 """
 
 # /// script
