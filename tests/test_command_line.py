@@ -137,15 +137,17 @@ def test_options_that_contradict_the_checkpoint_are_refused(tmp_path, capsys):
         assert stop.value.code == 2 and error.count("\n") == 1 and words in error, error
 
 
-def test_progress_is_a_line_an_epoch_or_one_rewritten_line(tmp_path, run_script):
+def test_progress_is_a_line_an_epoch_or_one_rewritten_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     write_idx(tmp_path / "tiny", 300)
     options = ["--data-dir", "tiny", "--batch-size", "50", "--epochs", "2", "--out-dir", "run"]
-    done = run_script("gan", *options)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("epoch")]
+    importlib.import_module("gan").main(options)
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if line.startswith("epoch")]
     pattern = r"epoch {}/2  discriminator loss [\d.]+  generator loss [\d.]+  [\d,]+ images/s  \d:\d\d left"
     assert len(lines) == 2 and all(re.fullmatch(pattern.format(i + 1), line) for i, line in enumerate(lines))
-    assert "\r" not in done.stdout and done.stderr == ""
-    assert done.stdout.splitlines()[-1].endswith(str(Path("run/progress.png")))
+    assert "\r" not in printed.out and printed.err == ""
+    assert printed.out.splitlines()[-1].endswith(str(Path("run/progress.png")))
 
     import pty
 
@@ -179,7 +181,7 @@ def test_inline_metadata_equals_requirements(script):
     assert ast.literal_eval(re.search(r"dependencies = (\[.*\])", text).group(1)) == required
 
 
-def test_a_copy_with_common_runs_from_any_folder(tmp_path, run_script):
+def test_a_copy_with_common_runs_from_any_folder(tmp_path):
     copy, elsewhere = tmp_path / "a copy é", tmp_path / "elsewhere"
     copy.mkdir()
     elsewhere.mkdir()

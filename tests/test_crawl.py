@@ -8,8 +8,6 @@ import random
 import signal
 import ssl
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from collections import Counter
@@ -21,6 +19,7 @@ from PIL import Image
 
 import crawl_anime
 from tests import fake_booru
+from tests.conftest import Script
 from tests.fake_booru import FakeBooru, challenge, draw, encode, picture, redirect, status
 
 
@@ -655,9 +654,8 @@ def test_other_files_in_the_folder_stay(server, tmp_path):
     assert len(crops(tmp_path)["127.0.0.1-2-0.jpg"]) > 1000 and not list(tmp_path.glob("*.tmp"))
 
 
-def start(server, folder) -> subprocess.Popen:
-    command = [sys.executable, crawl_anime.__file__, *options(server, folder, "--delay", 0.01)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(server, folder) -> Script:
+    return Script("crawl_anime", *options(server, folder, "--delay", 0.01), cwd=folder.parent)
 
 
 def stop_and_resume(tmp_path, posts: int, signals: list[int]):
@@ -667,17 +665,17 @@ def stop_and_resume(tmp_path, posts: int, signals: list[int]):
     assert crawl(server, tmp_path / "whole") == 0
     server.log.clear()
     for place, number in zip(sorted(chance.sample(range(2, posts - 8), len(signals))), signals):
-        process = start(server, tmp_path / "stopped")
+        run = start(server, tmp_path / "stopped")
         before = len(server.log)
-        while process.poll() is None and (len(set(server.pictures())) < place or len(server.log) < before + 2):
+        while run.process.is_alive() and (len(set(server.pictures())) < place or len(server.log) < before + 2):
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.05))
-        process.send_signal(number)
-        assert process.wait() == (-9 if number == signal.SIGKILL else 130)
+        os.kill(run.process.pid, number)
+        assert run.finish() == (-9 if number == signal.SIGKILL else 130)
         if number != signal.SIGKILL:
-            assert process.stderr.read() == "crawl_anime.py: interrupted: the same command goes on from here\n"
-    process = start(server, tmp_path / "stopped")
-    assert process.wait() == 0, process.stderr.read()
+            assert run.err == "crawl_anime.py: interrupted: the same command goes on from here\n"
+    run = start(server, tmp_path / "stopped")
+    assert run.finish() == 0, run.err
     assert crops(tmp_path / "stopped") == crops(tmp_path / "whole")
     assert (tmp_path / "stopped/metadata.csv").read_bytes() == (tmp_path / "whole/metadata.csv").read_bytes()
     assert len(server.pictures()) <= posts + len(signals)

@@ -253,7 +253,7 @@ def test_drawing_pictures_leaves_the_batch_statistics_alone():
 def test_batch_statistics_are_those_of_the_generators_own_batches():
     """After many steps at a rate near 0 the running mean and variance are those of a large batch, also in bfloat16."""
     compute = common.Compute(torch.device("cpu"), "bf16")
-    args, networks, _, step = trained(compute=compute, lr=1e-12)
+    args, networks, _, step = trained(compute=compute, lr=1e-12, features=8)
     for _ in range(60):
         step(noise(32, args))
     layers = networks["generator"]
