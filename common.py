@@ -892,7 +892,7 @@ class Run:
             names = (f"{self.folder.name}-{i}" for i in itertools.count(1))  # a new run never overwrites another
             aside = next(path for path in map(self.folder.with_name, names) if not path.exists())
             self.folder.rename(aside)
-            show_line(f"{script}: the run that was in {self.folder} is now {aside}: --resume would go on with it")
+            show_line(f"{script}: the run that was in {self.folder} is now {aside}; --resume would have continued it")
         for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
         images = self.data.images

@@ -4,6 +4,7 @@
     python dcgan.py --dataset anime                 # the images in data/anime at 64x64: 50 epochs
     python dcgan.py --dataset path/to/images        # any folder of images, flat or nested
     python dcgan.py --preset banerjee               # the second report's network
+    python dcgan.py --dataset digits --epochs 10    # nothing to download, a minute or two
     python dcgan.py --sample 64 --to grid.png       # draw from the trained run
 
 Strided convolutions shrink an image to one logit, transposed ones grow a latent to an image, and batch norm in both

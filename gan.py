@@ -2,7 +2,6 @@
 
     python gan.py                                   # MNIST, the first report's numbers: 200 epochs
     python gan.py --preset banerjee                 # the second report's
-    python gan.py --dataset digits                  # nothing to download
     python gan.py --sample 64 --to grid.png         # draw from the trained run
 
 The generator turns Gaussian noise into an image; the discriminator tells real images from generated ones; each is
