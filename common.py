@@ -893,7 +893,8 @@ class Run:
             aside = next(path for path in map(self.folder.with_name, names) if not path.exists())
             self.folder.rename(aside)
             show_line(f"{script}: the run that was in {self.folder} is now {aside}; --resume would have continued it")
-        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+        # Of a run that was killed while it wrote.
+        for leftover in (*self.folder.glob(".*.tmp"), *self.folder.glob("samples/.*.tmp")):
             leftover.unlink(missing_ok=True)
         images = self.data.images
         what = f"{self.args.preset} on {self.args.dataset}, {len(images):,} images, {self.steps} steps an epoch"

@@ -170,12 +170,22 @@ def test_ticks_are_round_and_few():
         assert 2 <= len(found) <= 8 and low - 1e-9 <= found[0] and found[-1] <= high * (1 + 1e-9) + 1e-9
 
 
-def fake_run(folder, epochs=3, rows=None, **options):
+def fake_run(folder, epochs=3):
     args = gan.parse_args(["--out-dir", str(folder), "--epochs", str(epochs), "--batch-size", "4"])
     data = common.Data(torch.zeros(8, 1, 28, 28, dtype=torch.uint8), torch.zeros(8).long())
     networks = {"generator": torch.nn.Linear(2, 2)}
     optimizers = {"generator": common.adam(networks["generator"].parameters(), 0.1)}
     return common.Run(args, common.Compute(torch.device("cpu"), "fp32"), data, networks, optimizers)
+
+
+def test_what_a_kill_left_half_written_is_cleared_and_nothing_else(tmp_path):
+    (tmp_path / "run/samples").mkdir(parents=True)
+    others = [tmp_path / "run/notes.tmp", tmp_path / "run/.hidden", tmp_path / "run/samples/epoch-0001.png"]
+    for path in (*others, tmp_path / "run/.checkpoint.pt.7.tmp", tmp_path / "run/samples/.epoch-0002.png.7.tmp"):
+        path.touch()
+    fake_run(tmp_path / "run")
+    left = {path for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert left == {*others, tmp_path / "run/real.png"}
 
 
 def test_any_losses_round_trip_through_the_log(tmp_path):
