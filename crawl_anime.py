@@ -300,9 +300,9 @@ def ask(parts: SplitResult, trusted: bool, path: str) -> Iterator[http.client.HT
         connection = http.client.HTTPConnection(parts.netloc)
         connection.sock = connected
         connection.request("GET", quote(path, safe="/%:@!$&'()*+,;=~?[]"), headers=headers)
-        response = http.client.HTTPResponse(Stream(connected), method="GET")
-        response.begin()
-        yield response
+        with http.client.HTTPResponse(Stream(connected), method="GET") as response:
+            response.begin()
+            yield response
 
 
 class Stream(io.RawIOBase):
