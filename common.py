@@ -1080,12 +1080,13 @@ def sample(args: argparse.Namespace, load_sampler: Callable) -> None:
     chunks = draw(sampler, args.sample, args.seed, device, getattr(args, "label", None))
     if as_grid:
         images = torch.cat([images for images, _ in chunks])
-        write_picture(target, grid(to_unit(images), columns=min(math.ceil(math.sqrt(args.sample)), 100)))
+        picture = to_picture(grid(to_unit(images), columns=min(math.ceil(math.sqrt(args.sample)), 100)))
+        write_picture(target, picture)
     else:
         write_folder(target, chunks, args.sample)
     show_line(f"{args.script}: {args.sample:,} images in {target}")
     if as_grid:
-        show_in_notebook(Image.open(target))
+        show_in_notebook(picture)
 
 
 def write_folder(folder: Path, chunks: Iterator, count: int) -> None:
