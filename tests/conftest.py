@@ -4,7 +4,6 @@ import functools
 import multiprocessing
 import os
 import runpy
-import signal
 import sys
 import tempfile
 import time
@@ -23,8 +22,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 class Script:
     """`python SCRIPT.py options...` in a folder, as a user runs it, but forked from a process that has imported torch.
 
-    That saves some seconds a start. `out` and `err` are what it has printed so far; `file_limit`, in bytes, plays a
-    disk that is full.
+    That saves some seconds a start. `out` and `err` are what it has printed so far. No file, these two included, can
+    grow beyond `file_limit` bytes, as on a full disk.
     """
 
     def __init__(self, script: str | Path, *options, cwd: Path, environment: dict | None = None, file_limit: int = -1):
@@ -63,7 +62,6 @@ def run_forked(words: list[str], cwd: Path, environment: dict, file_limit: int, 
     for number, name in enumerate(output, start=1):
         os.dup2(os.open(name, os.O_WRONLY), number)
     if file_limit >= 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
