@@ -1,32 +1,29 @@
-"""Data and device helpers that every script shares: nothing in here knows a model.
+"""Data and device helpers for the four scripts, and the files that a run leaves behind. Nothing here knows a model.
 
-In reading order: errors and files, the command line, device and precision, optimizer steps, data, pictures, a run's
-folder with its checkpoint, sampling. Images are uint8 (N, C, H, W) in memory and become floats in a training step.
+In reading order: errors and files, the command line, device and processes, optimizer steps, data, pictures, a run's
+folder, sampling. Images are uint8 (N, C, H, W) in memory; a training step makes floats of them.
 """
 
 import argparse
-import collections
-import concurrent.futures.process
 import contextlib
 import csv
+import errno
 import fnmatch
+import functools
 import hashlib
 import io
 import itertools
-import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import stat
 import sys
-import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,11 +31,14 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 LABELLED = ("mnist", "fashion", "digits")  # data sets of 28x28 grey images in ten classes
+MOMENTARY = ("script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint")  # not a run's options
 CHECKPOINT_FORMAT = 1
+SAVE_SECONDS = 10  # between two checkpoints, when epochs are shorter
 
-# ---------------------------------------------------------------------------------------------- errors, files, progress
+# ------------------------------------------------------------------------------------------------- errors and files
 
 
 class UserError(Exception):
@@ -49,9 +49,9 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; afterwards it replaces `path` at once, or leaves it as it was on an error.
+    """Yield a temporary path beside `path`, which replaces `path` at the end, at once, or on an error not at all.
 
-    `sync` waits for the disk, so that not even a power cut leaves half a file. UserError for a full or read-only disk.
+    `sync` waits for the disk: a power cut leaves no half file either. UserError if the disk is full or read-only.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -70,14 +70,20 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 0:05, 12:34 or 1:02:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    """Seconds as 0:00:05."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def show_line(line: str, end: str = "\n") -> None:
+    """Print a line, in the first process alone; on a terminal it replaces an unfinished one, which never wraps."""
+    if sys.stdout.isatty():
+        line = "\r" + (line if end else line[: shutil.get_terminal_size().columns - 1]) + "\x1b[K"
+    if rank() == 0:
+        print(line, end=end, flush=True)
 
 
 class Progress:
-    """One line with the work done, its rate and the time left: rewritten on a terminal, else now and then a new one."""
+    """Work done, its rate and the time left: on a terminal a line that is rewritten, else a line every ten seconds."""
 
     def __init__(self, total: int, unit: str):
         self.total, self.unit = total, unit
@@ -88,41 +94,30 @@ class Progress:
         if now - self.shown > (0.2 if on_terminal else 10):
             self.shown, rate = now, done / (now - self.start)
             left = clock((self.total - done) / rate) if rate else "?"
-            line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left {text}"
-            show_line(line, end="" if on_terminal else "\n")
-
-    def close(self, text: str) -> None:
-        show_line(text)
+            line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left"
+            show_line(f"{line} {text}", end="" if on_terminal else "\n")
 
 
-def show_line(line: str, end: str = "\n") -> None:
-    """Print a line, in the first process alone; on a terminal it replaces an unfinished one, which never wraps."""
-    if sys.stdout.isatty():
-        line = "\r" + (line if end else line[: shutil.get_terminal_size().columns - 1]) + "\x1b[K"
-    if not is_quiet():
-        print(line, end=end, flush=True)
-
-
-# ----------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------------- the command line
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser that tells a mistake in one line, and ignores a notebook's own arguments."""
+
     def parse_known_args(self, args=None, namespace=None):
-        in_cell = args is None and "kernel_launcher" in sys.argv[0]  # whose process has arguments of its own
+        in_cell = args is None and "kernel_launcher" in sys.argv[0]
         return super().parse_known_args([] if in_cell else args, namespace)
 
     def error(self, message: str):
-        if is_quiet():
-            raise SystemExit(2)
         leave(2, self.prog, f"error: {message}")
 
 
-def leave(status: int, who: str, message: str) -> NoReturn:
+def leave(status: int, program: str, message: str) -> NoReturn:
     """End with a status and one line on standard error, whatever names from outside are in it."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     if sys.stdout.isatty():
         show_line("", end="")  # off the unfinished progress line
-    print(f"{who}: {line}", file=sys.stderr, flush=True)
+    print(f"{program}: {line}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
@@ -143,124 +138,79 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return convert
 
 
-def make_parser(script: str, doc: str, presets: dict, datasets: tuple[str, ...] = LABELLED) -> argparse.ArgumentParser:
-    """The options that all scripts share, in one order. `datasets` that contain "folder" allow any path."""
-    description = doc.split("\n\n")[0]
-    parser = Parser(f"{script}.py", description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    names = [name for name in datasets if name != "folder"]
-    folder = " or a folder of images" if "folder" in datasets else ""
-    add = parser.add_argument
-    add("--preset", choices=list(presets), help=f"the report whose numbers are the defaults ({next(iter(presets))})")
-    known = dict(type=lambda name: name if name in names else os.path.abspath(name)) if folder else dict(choices=names)
-    add("--dataset", **known, metavar="NAME", help=f"{', '.join(names)}{folder} (mnist)")
-    add("--data-dir", type=os.path.abspath, metavar="DIR", help="folder of the data sets, fetched when absent (data)")
-    add("--out-dir", metavar="DIR", help=f"folder of the run (runs/{script}-PRESET-DATASET)")
-    add("--epochs", type=number(int, 1), metavar="N", help="passes over the training images")
-    add("--batch-size", type=number(int, 1), metavar="N", help="images a step, over all processes")
-    add("--lr", type=number(float, 0, above=True), metavar="RATE", help="Adam's learning rate")
-    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="seed of weights, batches and latents")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="auto takes the accelerator if there is one")
-    add("--precision", choices=["auto", "fp32", "bf16"], help="auto takes bf16 where the processor has it")
-    add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
-    add("--sample", type=number(int, 1), metavar="N", help="draw N images from the run's checkpoint and end")
-    add("--to", metavar="PATH", help="where --sample writes: a grid (NAME.png) or a folder of images")
-    return parser
+def parse(parser: argparse.ArgumentParser, presets: dict, argv: list[str] | None) -> argparse.Namespace:
+    """Options: what was typed over the checkpoint's (if one is asked for) over the preset's over the defaults.
 
-
-def parse(parser: Parser, presets: dict, argv: list[str] | None, transient: tuple[str, ...] = ()) -> argparse.Namespace:
-    """Options: what was typed over the checkpoint's (with --resume and --sample) over the preset's over the defaults.
-
-    A preset may hold a dict `folder` of other numbers for folders of images. The script's own options need an entry in
-    every preset, or stand in `transient` (None by default, not kept in the checkpoint). Adds `script`, `given` (the
-    names typed), `kept` (those for the checkpoint), `checkpoint` (a dict or None).
+    A preset may hold a dict `folder` of other numbers for folders of images. Adds `script` and `checkpoint` (or None).
     """
-    given = vars(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    numbers = dict(presets[args.preset])
+    folder_numbers = numbers.pop("folder", {})
+    if args.dataset not in LABELLED:
+        numbers |= folder_numbers
     script = parser.prog.removesuffix(".py")
-    if "to" in given and "sample" not in given:
+    out_dir = args.out_dir or f"runs/{script}-{args.preset}-{Path(args.dataset).name}"
+    parser.set_defaults(**numbers, script=script, out_dir=out_dir, checkpoint=None)
+    args = parser.parse_args(argv)
+    if args.to is not None and args.sample is None:
         parser.error("--to says where --sample writes: give --sample N too")
-    if "sample" in given and "resume" in given:
+    if args.sample is not None and args.resume:
         parser.error("--sample draws from a finished run, --resume trains: give one of them")
-    options = dict(preset=next(iter(presets)), dataset="mnist", data_dir=os.path.abspath("data"), seed=0)
-    options |= dict(device="auto", precision="auto")
-    preset, dataset = (given.get(name, options[name]) for name in ("preset", "dataset"))
-    numbers = dict(presets[preset])
-    folder = numbers.pop("folder", {})
-    options |= numbers if dataset in LABELLED else numbers | folder
-    out_dir, checkpoint = given.get("out_dir", f"runs/{script}-{preset}-{Path(dataset).name}"), None
-    if given.keys() & {"resume", "sample", "evaluate"}:
-        try:
-            checkpoint = load_checkpoint(out_dir, script)
-            options = adopt_options(checkpoint, options, given)
-        except UserError as error:
-            parser.error(str(error))
-    values = options | dict.fromkeys(transient) | dict(resume=False, sample=None, to=None, out_dir=out_dir) | given
-    return argparse.Namespace(**values, script=script, given=set(given), kept=list(options), checkpoint=checkpoint)
+    if not (args.resume or args.sample is not None or getattr(args, "evaluate", False)):
+        return args
+
+    try:
+        checkpoint = load_checkpoint(out_dir, script)
+    except UserError as error:
+        parser.error(str(error))
+    stored, own = checkpoint["options"], run_options(args)
+    if {k: type(v) for k, v in stored.items()} != {k: type(v) for k, v in own.items()}:
+        odd = sorted(set(stored) ^ set(own)) or "of other types"
+        parser.error(f"the checkpoint was written by another version of the script (options {odd}): train anew")
+    parser.set_defaults(**stored, checkpoint=checkpoint)
+    args = parser.parse_args(argv)
+    free = {"epochs", "data_dir", "device", "precision"} | (set() if args.resume else {"seed"})
+    for name, value in run_options(args).items():
+        if value != stored[name] and name not in free:
+            option = f"--{name.replace('_', '-')} {value}"
+            parser.error(f"{option} contradicts the checkpoint's {stored[name]}: leave it out, or train anew")
+    return args
 
 
-def adopt_options(checkpoint: dict, options: dict, given: dict) -> dict:
-    """The options of the run in `checkpoint`; UserError when it has others, or when what was typed contradicts them."""
-    stored = checkpoint["options"]
-    if {k: type(v) for k, v in stored.items()} != {k: type(v) for k, v in options.items()}:
-        odd = sorted(set(stored) ^ set(options)) or "of other types"
-        raise UserError(f"the checkpoint was written by another version of the script (options {odd}): train anew")
-    free = {"epochs", "data_dir", "device", "precision"} | (set() if "resume" in given else {"seed"})
-    for name in given.keys() & stored.keys() - free:
-        if given[name] != stored[name]:
-            option = f"--{name.replace('_', '-')} {given[name]}"
-            raise UserError(f"{option} contradicts the checkpoint's {stored[name]}: leave it out, or train anew")
-    return dict(stored)
-
-
-def run_command(function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call `function(args)`, within torch.distributed under torchrun; a mistake ends with one line, never a traceback.
-
-    Status 2 for what the user can mend, 130 for Ctrl-C and SIGTERM.
-    """
-    who = f"{args.script}.py" + (f" (process {rank()})" if rank() else "")
-    with handling_signals({signal.SIGTERM: signal.default_int_handler}):
-        try:
-            if processes() > 1:
-                cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
-                dist.init_process_group("nccl" if cuda else "gloo")
-            function(args)
-            if dist.is_initialized():
-                dist.barrier()  # a process that leaves early takes its connections with it
-        except KeyboardInterrupt as interrupt:
-            leave(130, who, str(interrupt) or "interrupted")
-        except (UserError, OSError) as error:
-            leave(getattr(error, "status", 2), who, f"error: {error}")
-        except (MemoryError, RuntimeError) as error:  # torch has no type for all its ways to run out of memory
-            told = str(error).lower()
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or ("alloc" in told and "memory" in told):
-                leave(2, who, "error: out of memory: a smaller --batch-size needs less")
-            if processes() > 1 and ("connection" in told or "nccl" in told):
-                with contextlib.suppress(SystemExit):
-                    leave(2, who, f"error: lost another process: {str(error).splitlines()[0]}")
-                os._exit(2)  # on the usual way out, gloo's threads may abort the process
-            raise
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+def run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that a checkpoint keeps."""
+    return {name: value for name, value in vars(args).items() if name not in MOMENTARY}
 
 
 @contextlib.contextmanager
-def handling_signals(handlers: dict) -> Iterator[None]:
-    """Install signal handlers for a while; does nothing outside the main thread, where Python allows none."""
-    before = {}
-    with contextlib.suppress(ValueError):
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+def reporting_errors(program: str) -> Iterator[None]:
+    """End with one line instead of a traceback: status 2 for what the user can mend, 130 for Ctrl-C and SIGTERM."""
+    program += f" (process {rank()})" if rank() else ""
+    with contextlib.suppress(ValueError):  # outside the main thread Python allows no handlers
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
+        if dist.is_initialized():
+            dist.barrier()  # a process that leaves early takes its connections with it
+    except KeyboardInterrupt as interrupt:
+        leave(130, program, str(interrupt) or "interrupted: a training goes on from its last checkpoint with --resume")
+    except (UserError, OSError) as error:
+        leave(getattr(error, "status", 2), program, f"error: {error}")
+    except (MemoryError, RuntimeError) as error:  # torch has no type for all its ways to run out of memory
+        told = str(error).lower()
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or ("alloc" in told and "memory" in told):
+            leave(2, program, "error: out of memory: a smaller --batch-size needs less")
+        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-# -------------------------------------------------------------------------------------- device, precision and processes
+# --------------------------------------------------------------------------------------------- device and processes
 
 
 def rank() -> int:
-    """This process's number under torchrun, else 0."""
+    """This process's number under torchrun, else 0. Only process 0 prints and writes."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -269,49 +219,39 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_quiet() -> bool:
-    """Only the first process prints and writes."""
-    return rank() > 0
-
-
-class Compute(NamedTuple):
-    device: torch.device
-    precision: str  # fp32 or bf16
-
-    def autocast(self) -> torch.autocast:
-        """Context in which matrix products and convolutions run in the run's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-
 def choose_device(args: argparse.Namespace) -> torch.device:
-    """The device that `--device` names, or the best there is; UserError when it isn't there."""
+    """The device that `--device` names, or the best there is; joins torchrun's processes. UserError if it is absent."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    kind = args.device if args.device != "auto" else accelerator.type if accelerator else "cpu"
+    kind = args.device
+    if kind == "auto":
+        kind = accelerator.type if accelerator else "cpu"
     if kind != "cpu" and (accelerator is None or accelerator.type != kind):
         here = accelerator or "no accelerator"
         raise UserError(f"--device {kind}: this machine has {here}; --device auto takes what there is")
-    if kind != "cuda":
-        return torch.device(kind)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if processes() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return device
 
 
-def choose_compute(args: argparse.Namespace) -> Compute:
-    """The device and precision of a run, printed with the reason."""
-    device = choose_device(args)
-    precision, why = args.precision, "as asked"
-    if precision == "auto":
-        precision, why = ("bf16", "native here: yes") if has_native_bf16(device) else ("fp32", "native here: no")
+def choose_autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """A context in which matrix products and convolutions run in `--precision`. Prints it and the device."""
+    native = has_native_bf16(device)
+    precision, why = "bf16" if native else "fp32", f"native here: {'yes' if native else 'no'}"
+    if args.precision != "auto":
+        precision, why = args.precision, "as asked"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name += f", {processes()} processes" if processes() > 1 else ""
     show_line(f"{args.script}: device {name}; precision {precision} (bf16 {why})")
-    return Compute(device, precision)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 in hardware; elsewhere (a T4, an older CPU) it is emulated and slow."""
+    """Whether the processor multiplies bfloat16 in hardware; others (a T4, an older CPU) emulate it slowly."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -323,7 +263,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 def seed_everything(seed: int, epoch: int = 0) -> None:
     """Seed all that is random from (seed, epoch): an epoch depends on nothing that came before but the weights."""
-    # The CPU's generator keeps 32 bits of its seed: mix, instead of adding, so that no two epochs of two seeds agree.
+    # The CPU's generator keeps 32 bits of its seed: mix, so that no two epochs of two seeds agree.
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4], "big"))
 
 
@@ -333,7 +273,7 @@ def randn(count: int, *shape: int, device: torch.device | str) -> Tensor:
     return noise[rank() * count : (rank() + 1) * count]
 
 
-# ------------------------------------------------------------------------------------------------------ optimizer steps
+# -------------------------------------------------------------------------------------------------- optimizer steps
 
 
 def adam(parameters, lr: float, beta1: float = 0.9) -> torch.optim.Adam:
@@ -348,14 +288,15 @@ def gradients(loss: Tensor, optimizer: torch.optim.Optimizer, retain: bool = Fal
     return torch.autograd.grad(loss, optimizer.param_groups[0]["params"], retain_graph=retain)
 
 
-def apply(found: tuple[Tensor, ...], optimizer: torch.optim.Optimizer) -> None:
+def apply_gradients(gradients: tuple[Tensor, ...], optimizer: torch.optim.Optimizer) -> None:
     """One step of `optimizer` down the gradients, averaged over all processes."""
     if dist.is_initialized():
-        flat = torch.cat([gradient.reshape(-1) for gradient in found])
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
         flat /= processes()
-        found = [part.view(g.shape) for part, g in zip(flat.split([g.numel() for g in found]), found)]
-    for parameter, gradient in zip(optimizer.param_groups[0]["params"], found):
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        gradients = [part.view(gradient.shape) for part, gradient in zip(parts, gradients)]
+    for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients):
         if gradient.stride() != parameter.stride():  # the fused kernel walks both in memory order
             gradient = torch.empty_like(parameter).copy_(gradient)
         parameter.grad = gradient
@@ -364,13 +305,20 @@ def apply(found: tuple[Tensor, ...], optimizer: torch.optim.Optimizer) -> None:
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """One optimizer step down `loss`; moves no other network and leaves no gradient on one."""
-    apply(gradients(loss, optimizer), optimizer)
+    apply_gradients(gradients(loss, optimizer), optimizer)
 
 
 def distribute(network: nn.Module) -> nn.Module:
     """Batch norm over the whole batch instead of each process's share, where it can be (CUDA)."""
     shared = processes() > 1 and torch.cuda.is_available()
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if shared else network
+
+
+def capture(step: Callable, device: torch.device) -> Callable:
+    """`step` as one CUDA graph, where that can be."""
+    if device.type == "cuda" and processes() > 1:
+        show_line("no CUDA graph: several processes exchange gradients within a step")
+    return GraphedStep(step) if device.type == "cuda" and processes() == 1 else step
 
 
 class GraphedStep:
@@ -406,12 +354,18 @@ class GraphedStep:
         return self.losses
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------------- data
 
 
 class Data(NamedTuple):
     images: Tensor  # uint8 (N, C, H, W)
     labels: Tensor | None  # int64 (N,), or None for a folder of images
+
+    def to(self, device: torch.device) -> "Data":
+        """The same on the device, if the images fit into half of its free memory."""
+        if device.type != "cuda" or self.images.nbytes >= torch.cuda.mem_get_info(device)[0] // 2:
+            return self
+        return Data(self.images.to(device), None if self.labels is None else self.labels.to(device))
 
 
 def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | None = None) -> Data:
@@ -426,13 +380,11 @@ def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | N
     elif name in LABELLED:
         data = load_idx(name, Path(data_dir), train)
     else:
-        data = Data(load_folder(Path(data_dir, "anime") if name == "anime" else Path(name), size), None)
+        folder = Path(data_dir, "anime") if name == "anime" else Path(name)
+        data = Data(load_folder(folder, size, Path(data_dir)), None)
     if rank() == 0 and dist.is_initialized():
         dist.barrier()
     return data
-
-
-IDX_PARTS = ("images-idx3", "labels-idx1")
 
 
 def load_idx(name: str, data_dir: Path, train: bool) -> Data:
@@ -440,10 +392,17 @@ def load_idx(name: str, data_dir: Path, train: bool) -> Data:
     from torchvision import datasets
 
     kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
-    raw = data_dir / kind.__name__ / "raw"
-    images_file, labels_file = (raw / f"{'train' if train else 't10k'}-{part}-ubyte" for part in IDX_PARTS)
+    raw, parts = data_dir / kind.__name__ / "raw", ("images-idx3-ubyte", "labels-idx1-ubyte")
+    images_file, labels_file = (raw / f"{'train' if train else 't10k'}-{part}" for part in parts)
     if not (images_file.exists() and labels_file.exists()):
-        download(kind, data_dir, raw)
+        show_line(f"downloading {kind.__name__} to {raw}")
+        try:
+            kind(data_dir, download=True)
+        except (OSError, RuntimeError) as error:
+            cause = str(error).strip().splitlines()[-1]
+            names = ", ".join(f"{split}-{part}" for split in ("train", "t10k") for part in parts)
+            way_out = f"put {names} into {raw}, or try --dataset digits, which needs none"
+            raise UserError(f"{kind.__name__} can't be downloaded ({cause}): {way_out}") from error
     try:
         images = datasets.mnist.read_image_file(str(images_file))
         labels = datasets.mnist.read_label_file(str(labels_file))
@@ -452,27 +411,6 @@ def load_idx(name: str, data_dir: Path, train: bool) -> Data:
     except (AssertionError, ValueError, RuntimeError, KeyError, IndexError, OSError) as error:
         raise UserError(f"{images_file} or its labels are damaged: delete both, and they are fetched again") from error
     return Data(images[:, None], labels.long())
-
-
-def download(kind: type, data_dir: Path, raw: Path) -> None:
-    """Fetch a torchvision data set into a folder of its own, then move its files in place, each whole."""
-    show_line(f"downloading {kind.__name__} to {raw}")
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as folder:
-            if raw.exists():
-                shutil.copytree(raw, Path(folder, kind.__name__, "raw"))  # archives that are there are used
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                kind(folder, download=True)
-            raw.mkdir(parents=True, exist_ok=True)
-            for file in Path(folder, kind.__name__, "raw").iterdir():
-                os.replace(file, raw / file.name)
-    except (OSError, RuntimeError) as error:
-        if getattr(error, "filename", None) is not None:
-            raise UserError(f"can't write {error.filename}: {error.strerror}: choose another --data-dir") from error
-        names = ", ".join(f"{split}-{part}-ubyte" for split in ("train", "t10k") for part in IDX_PARTS)
-        remedy = f"put {names} into {raw}, or try --dataset digits, which needs none"
-        raise UserError(f"{kind.__name__} can't be downloaded: {remedy}") from error
 
 
 def draw_digits(train: bool = True) -> Data:
@@ -507,138 +445,122 @@ def draw_digits(train: bool = True) -> Data:
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # some of Pillow's other readers start programs
 
 
-def load_folder(folder: Path, size: int) -> Tensor:
+def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
     """The images under `folder`, flat or nested, as uint8 (N, 3, size, size), mapped from a cache file made once.
 
-    The cache lies beside the folder (or under ~/.cache where that can't be written) and is made anew when a file was
-    added, removed or changed. Files that are no usable image are skipped and named. Raises UserError when none is left.
+    The cache lies in `data_dir` as FOLDER-PLACE-DIGEST-SIZE.images: a folder whose files changed has another digest,
+    and its earlier cache is removed. Files that are no usable image are skipped and named. Raises UserError when none
+    is left, and when a file can't be read for another reason.
     """
     if not folder.is_dir():
         hint = "python crawl_anime.py fills it" if folder.name == "anime" else "--dataset takes a name or a folder"
         raise UserError(f"there is no folder {folder} ({hint})")
-    files, signature = list_files(folder, size)
-    name = f"{folder.name}-{size}.images"
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "image-folders")
-    beside, at_home = folder.parent / name, home / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}-{name}"
-    found = next((path for path in (beside, at_home) if read_footer(path).get("signature") == signature), None)
-    cache = found or (beside if os.access(folder.parent, os.W_OK) else at_home)
-    if found is None:
-        build_cache(cache, folder, files, size, signature)
-    footer = read_footer(cache)
-    show_line(f"{footer['count']:,} images in {folder}{' (cached)' if found else ''}{footer['skipped']}")
-    shape = (footer["count"], 3, size, size)
-    return torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8).view(shape)
+    names, digest = list_files(folder)
+    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
+    cache = data_dir / f"{folder.name}-{place}-{digest}-{size}.images"
+    found = next(data_dir.glob(f"*-{digest}-{size}.images"), None)  # perhaps made when the folder had another place
+    if found:
+        cache, count = found, found.stat().st_size // (3 * size * size)
+        told = f" (cached); skipped {len(names) - count:,} files" if count < len(names) else " (cached)"
+    else:
+        count, told = build_cache(cache, folder, names, size)
+        for earlier in data_dir.glob(f"*-{place}-{'?' * len(digest)}-{size}.images"):
+            if earlier != cache:
+                earlier.unlink(missing_ok=True)
+    show_line(f"{count:,} images in {folder}{told}")
+    pixels = torch.from_file(str(cache), size=count * 3 * size * size, dtype=torch.uint8)
+    return pixels.view(count, 3, size, size)
 
 
-def list_files(folder: Path, size: int) -> tuple[list[str], str]:
+def list_files(folder: Path) -> tuple[list[str], str]:
     """Relative paths of all files but hidden ones, sorted, and a digest that changes when one of them does."""
 
     def fail(error: OSError):
         raise UserError(f"can't read {error.filename}: {error.strerror}") from error
 
-    found = []
+    files = []
     for directory, folders, names in os.walk(folder, onerror=fail):
         folders[:] = fnmatch.filter(folders, "[!.]*")  # those that are walked
         for path in (os.path.join(directory, name) for name in fnmatch.filter(names, "[!.]*")):
             with contextlib.suppress(FileNotFoundError):  # removed a moment ago, or a link to nothing
                 status = os.stat(path)
                 if stat.S_ISREG(status.st_mode) and not path.endswith(".images"):
-                    found.append((os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
-    found.sort()
-    digest = hashlib.sha256(f"images 1 {size}".encode())
-    for path, length, time_ns in found:
-        digest.update(os.fsencode(f"\0{path}\0{length} {time_ns}"))
-    return [path for path, _, _ in found], digest.hexdigest()
+                    files.append((os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
+    files.sort()
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(os.fsencode("\0".join(map(str, file)) + "\0"))
+    return [path for path, _, _ in files], digest.hexdigest()[:16]
 
 
-def read_footer(cache: Path) -> dict:
-    """What stands behind the pixels of a cache: signature, count and skipped; {} when it is absent or not whole."""
-    try:
-        with open(cache, "rb") as file:
-            file.seek(-8, os.SEEK_END)
-            length = int.from_bytes(file.read(8), "big")
-            file.seek(-8 - length, os.SEEK_END)
-            return dict(json.loads(file.read(length)))
-    except (OSError, ValueError, OverflowError, TypeError):
-        return {}
-
-
-def build_cache(cache: Path, folder: Path, files: list[str], size: int, signature: str) -> None:
-    """Decode all files in several processes and write their pixels one by one: memory does not grow with them."""
-    for leftover in cache.parent.glob(f".{cache.name}.*.tmp"):  # of builders that were killed
+def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple[int, str]:
+    """Decode files into a mapped file, which may be larger than memory. Returns the images' number and who is none."""
+    for leftover in cache.parent.glob(".*.images.*.tmp"):  # of builders that were killed
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink()
-    count, skipped, progress = 0, [], Progress(len(files), "files")
-    chunks = [files[start : start + 64] for start in range(0, len(files), 64)]
-    decoded = map_in_processes(decode_images, chunks, len(files) // 256, folder, size)
-    with replacing(cache) as temporary, open(temporary, "wb") as file:
-        for name, picture in zip(files, itertools.chain.from_iterable(decoded)):
-            if isinstance(picture, bytes):
-                file.write(picture)
-                count += 1
-            else:
+    count, skipped, length, progress = 0, [], 3 * size * size, Progress(len(names), "files")
+    decode = functools.partial(decode_files, folder=folder, size=size)
+    with replacing(cache) as temporary:
+        with open(temporary, "wb") as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is told here; on a mapped page it would be a signal
+                os.posix_fallocate(file.fileno(), 0, max(1, len(names)) * length)
+        pixels = torch.from_file(str(temporary), shared=True, size=len(names) * length, dtype=torch.uint8)
+        for name, picture in zip(names, map_in_workers(decode, names, len(names) // 256)):
+            if isinstance(picture, OSError):
+                raise UserError(f"can't read {folder / name}: {picture.strerror}")
+            if isinstance(picture, str):
                 skipped.append(f"{name} ({picture})")
+            else:
+                pixels[count * length : (count + 1) * length] = torch.frombuffer(picture, dtype=torch.uint8)
+                count += 1
             progress.update(count + len(skipped))
         first = "".join(c if c.isprintable() else "?" for c in ", ".join(skipped[:3]))
         if not count:
-            what = f"{len(files):,} files, none of them a usable image: {first}" if files else "no file"
+            what = f"{len(names):,} files, none of them a usable image: {first}" if names else "no file"
             raise UserError(f"{folder} holds {what}; {', '.join(IMAGE_FORMATS)} are read")
-        more = f"; skipped {len(skipped):,} files: {first}{', ...' if len(skipped) > 3 else ''}" if skipped else ""
-        footer = json.dumps(dict(signature=signature, count=count, skipped=more)).encode()
-        file.write(footer + len(footer).to_bytes(8, "big"))
+        del pixels
+        os.truncate(temporary, count * length)
+    more = ", ..." if len(skipped) > 3 else ""
+    return count, f"; skipped {len(skipped):,} files: {first}{more}" if skipped else ""
 
 
-def map_in_processes(function: Callable, items: list, workers: int, *args) -> Iterator:
-    """function(item, *args) of each item, in order, in up to 8 processes (0: in this one); few results wait."""
-    if workers == 0:
-        yield from (function(item, *args) for item in items)
-        return
-    count = min(workers, os.cpu_count() or 1, 8)  # each holds a copy of the libraries: about 0.2 GB
-    spawn = multiprocessing.get_context("spawn")  # forking a process that has threads can hang
-    pool = concurrent.futures.ProcessPoolExecutor(count, spawn, initializer=end_with_parent)
-    waiting = collections.deque()
+def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
+    """function(part) for parts of the list, in up to 8 processes (0: in this one): one by one all their results."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers, cores, 8)  # each holds a copy of the libraries: about 0.2 GB
+    spawn = "spawn" if workers else None  # forking a process that has threads can hang
+    loader = DataLoader(items, 16, collate_fn=function, num_workers=workers, multiprocessing_context=spawn)
     try:
-        for item in items:
-            with handling_signals({signal.SIGINT: signal.SIG_IGN}):  # which the processes that this starts inherit
-                waiting.append(pool.submit(function, item, *args))
-            if len(waiting) > 4 * count:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise UserError("a process that decodes images was killed, perhaps for want of memory") from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for results in loader:
+            yield from results
+    except RuntimeError as error:
+        raise UserError(f"lost a process that decodes images, perhaps for want of memory ({error})") from error
 
 
-def end_with_parent() -> None:
-    """Don't outlive a parent process that is killed: the pool's processes would wait for it for ever."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def decode_images(names: list[str], folder: Path, size: int) -> list[bytes | str]:
-    """The pixels of each file in the folder, 3 x size x size bytes, or why there are none."""
+def decode_files(names: list[str], folder: Path, size: int) -> list[bytearray | str | OSError]:
+    """Of each file 3 x size x size pixels, or why it is no image, or why it can't be read now."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # before the pixels are read
-        return [decode_image(os.path.join(folder, name), size) for name in names]
+        return [decode_file(folder / name, size) for name in names]
 
 
-def decode_image(path: str, size: int) -> bytes | str:
+def decode_file(path: Path, size: int) -> bytearray | str | OSError:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
             image.load()
             image = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)  # its middle
-        return b"".join(band.tobytes() for band in image.split())
+        return bytearray().join(band.tobytes() for band in image.split())
     except Image.UnidentifiedImageError:
-        return "no image" if os.path.getsize(path) else "empty"
+        return "no image" if path.stat().st_size else "empty"
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         return "too large"
+    except MemoryError:
+        return OSError(errno.ENOMEM, "out of memory")
     except Exception as error:  # a damaged file raises whatever its bytes lead to
-        return f"damaged: {error}"[:80]
+        return error if isinstance(error, OSError) and error.errno else f"damaged: {error}"[:80]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -681,7 +603,7 @@ def symmetric_to_unit(images: Tensor) -> Tensor:
     return images.float().add(1).div_(2)
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------------- pictures
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -718,15 +640,37 @@ def write_picture(path: str | Path, image: Tensor | Image.Image) -> None:
         to_picture(image).save(temporary, format="PNG")
 
 
+def write_gif(path: str | Path, frames: list[Image.Image]) -> None:
+    """An endless animation that rests on its last frame; few colours keep it small."""
+    frames = [frame.quantize(16 if frame.mode == "L" else 64) for frame in frames]
+    milliseconds = [150] * (len(frames) - 1) + [2000]
+    with replacing(path) as temporary:
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+
+
+def label_panels(panels: list[tuple[str, Image.Image]], columns: int = 2) -> Image.Image:
+    """Pictures side by side, each under its title: the reports' four-panel figure."""
+    width, height = max(p.width for _, p in panels), max(p.height for _, p in panels)
+    font, columns = ImageFont.load_default(size=max(12, height // 18)), min(columns, len(panels))
+    title, gap = font.size * 2, font.size
+    rows = -(-len(panels) // columns)
+    figure = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + title + gap)), "white")
+    for i, (text, panel) in enumerate(panels):
+        x, y = gap + i % columns * (width + gap), title + i // columns * (height + title + gap)
+        ImageDraw.Draw(figure).text((x + width / 2, y - title / 2), text, "black", font, anchor="mm")
+        figure.paste(panel, (x, y))
+    return figure
+
+
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+
+
 def ticks(low: float, high: float, least: float = 0.0) -> list[float]:
     """Up to seven round numbers (1, 2 or 5 times a power of ten) from low to high, at least `least` apart."""
     step = 10 ** math.floor(math.log10((high - low) / 6))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
     step = max(step, least)
     return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
 
 class Plot:
@@ -770,7 +714,7 @@ class Plot:
 
 
 def plot_lines(curves: dict[str, list[float]], x_label: str, y_label: str) -> Image.Image:
-    """Curves over 1, 2, 3... as a figure; the y axis is logarithmic when positive values span more than two decades."""
+    """Curves over 1, 2, 3... as a figure; the y axis is logarithmic when positive values span two decades."""
     low, high = min(map(min, curves.values())), max(map(max, curves.values()))
     log_y = low > 0 and high / low > 100
     margin = 0.05 * (high - low) or 0.5
@@ -786,29 +730,7 @@ def plot_lines(curves: dict[str, list[float]], x_label: str, y_label: str) -> Im
     return plot.finish()
 
 
-def label_panels(panels: list[tuple[str, Image.Image]], columns: int = 2) -> Image.Image:
-    """Pictures of one size side by side, each under its title: the reports' four-panel figure."""
-    width, height = max(p.width for _, p in panels), max(p.height for _, p in panels)
-    font, columns = ImageFont.load_default(size=max(12, height // 18)), min(columns, len(panels))
-    title, gap = font.size * 2, font.size
-    rows = -(-len(panels) // columns)
-    figure = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + title + gap)), "white")
-    for i, (text, panel) in enumerate(panels):
-        x, y = gap + i % columns * (width + gap), title + i // columns * (height + title + gap)
-        ImageDraw.Draw(figure).text((x + width / 2, y - title / 2), text, "black", font, anchor="mm")
-        figure.paste(panel, (x, y))
-    return figure
-
-
-def write_gif(path: str | Path, frames: list[Image.Image]) -> None:
-    """An endless animation that rests on its last frame; few colours keep it small."""
-    frames = [frame.quantize(16 if frame.mode == "L" else 64) for frame in frames]
-    milliseconds = [150] * (len(frames) - 1) + [2000]
-    with replacing(path) as temporary:
-        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
-
-
-# ------------------------------------------------------------------------------------------------------- a run's folder
+# --------------------------------------------------------------------------------------------------- a run's folder
 
 
 def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
@@ -842,194 +764,139 @@ def restore(parts: dict, states: dict) -> None:
         raise UserError(f"the checkpoint does not fit this version's networks ({line}): train anew") from error
 
 
-def restore_networks(networks: dict[str, nn.Module], checkpoint: dict, device: torch.device) -> dict[str, nn.Module]:
-    """Networks with the checkpoint's weights on the device, in eval mode; UserError when they don't fit."""
-    restore(networks, checkpoint["networks"])
-    return {name: network.to(device).eval() for name, network in networks.items()}
-
-
 class Run:
-    """A training run and its folder: epochs, batches, log, curves, pictures, checkpoint.
+    """The record that a training leaves in its folder: log, curves, pictures, checkpoint, animation; progress line."""
 
-    A run resumed from its checkpoint is the run that was never stopped, bit for bit on the CPU: everything
-    random is seeded from (seed, epoch), so that weights and optimizer state are all there is to keep.
-    """
-
-    def __init__(self, args: argparse.Namespace, compute: Compute, data: Data, networks: dict, optimizers: dict):
-        self.args, self.compute, self.data = args, compute, data
-        self.networks, self.optimizers = networks, optimizers
-        self.folder, self.history = Path(args.out_dir), []
-        self.epoch, self.saved_at, self.saving = 0, -math.inf, 0.0  # the last that was saved, when, and its seconds
-        self.interrupted, self.displayed = False, False
-        self.steps = self.count_steps()
-        if args.checkpoint is not None:
-            restore(networks, args.checkpoint["networks"])
-            restore(optimizers, args.checkpoint["optimizers"])
-            self.history, self.epoch = list(args.checkpoint["history"]), args.checkpoint["epoch"]
-            if self.epoch > args.epochs:
-                raise UserError(f"the run has {self.epoch} epochs already, --epochs asks for {args.epochs}")
-        if compute.device.type == "cuda" and data.images.nbytes < torch.cuda.mem_get_info(compute.device)[0] // 2:
-            self.data = Data(*(part if part is None else part.to(compute.device) for part in data))
-        if not is_quiet():
-            self.open_folder()
-
-    def count_steps(self) -> int:
-        """Steps an epoch; UserError for a batch that is larger than the data, or that the processes can't share."""
-        args, count = self.args, len(self.data.images)
-        if count < args.batch_size and "batch_size" not in args.given and args.dataset not in LABELLED:
-            args.batch_size = max(1, count // processes()) * processes()  # a small folder is one batch
-            show_line(f"{args.script}: all {args.batch_size} images in one batch")
+    def __init__(self, args: argparse.Namespace, data: Data):
+        self.args, self.folder, count = args, Path(args.out_dir), len(data.images)
+        self.history = list(args.checkpoint["history"]) if args.checkpoint else []
+        self.steps, self.losses, self.displayed = count // args.batch_size, [], False
+        self.saved, self.saved_at = len(self.history), -math.inf  # the last epoch that was saved, and when
+        if self.saved > args.epochs:
+            raise UserError(f"the run has {self.saved} epochs already, --epochs asks for {args.epochs}")
         if count < args.batch_size:
-            raise UserError(f"--batch-size {args.batch_size} is larger than the data: {count:,} images")
+            way_out = f"give --batch-size {count // processes() * processes()} or less"
+            raise UserError(f"--batch-size {args.batch_size} is larger than the data: {count:,} images: {way_out}")
         if args.batch_size % processes():
             raise UserError(f"--batch-size {args.batch_size} can't be shared evenly by {processes()} processes")
-        return count // args.batch_size
+        if rank() == 0:
+            self.open_folder(data.images)
+        self.started = self.shown = time.perf_counter()
 
-    def open_folder(self) -> None:
+    def open_folder(self, images: Tensor) -> None:
         """Move a run that is in the way aside, clear what a kill left behind, and draw the real images."""
-        script = self.args.script
-        if self.args.checkpoint is None and (self.folder / "checkpoint.pt").exists():
-            names = (f"{self.folder.name}-{i}" for i in itertools.count(1))  # a new run never overwrites another
-            aside = next(path for path in map(self.folder.with_name, names) if not path.exists())
-            self.folder.rename(aside)
-            show_line(f"{script}: the run that was in {self.folder} is now {aside}; --resume would have continued it")
-        # Of a run that was killed while it wrote.
-        for leftover in (*self.folder.glob(".*.tmp"), *self.folder.glob("samples/.*.tmp")):
+        args, folder = self.args, self.folder
+        if args.checkpoint is None and (folder / "checkpoint.pt").exists():
+            names = (f"{folder.name}-{i}" for i in itertools.count(1))  # a new run never overwrites another
+            aside = next(path for path in map(folder.with_name, names) if not path.exists())
+            folder.rename(aside)
+            show_line(f"{args.script}: the run that was in {folder} is now {aside}; --resume would have continued it")
+        for leftover in (*folder.glob(".*.tmp"), *folder.glob("samples/.*.tmp")):
             leftover.unlink(missing_ok=True)
-        images = self.data.images
-        what = f"{self.args.preset} on {self.args.dataset}, {len(images):,} images, {self.steps} steps an epoch"
-        show_line(f"{script}: {what}")
-        write_picture(self.folder / "real.png", grid(to_unit(images[:64].cpu())))
+        size = f"{len(images):,} images, {self.steps} steps an epoch"
+        show_line(f"{args.script}: {args.preset} on {args.dataset}, {size}")
+        write_picture(folder / "real.png", grid(to_unit(images[:64].cpu())))
 
-    def capture(self, step: Callable) -> Callable:
-        """`step` as one CUDA graph, where that can be."""
-        if self.compute.device.type == "cuda" and processes() > 1:
-            show_line("no CUDA graph: several processes exchange gradients within a step")
-        return GraphedStep(step) if self.compute.device.type == "cuda" and processes() == 1 else step
-
-    def epochs(self) -> Iterator[int]:
-        """The epochs still to train. After each: the losses are checked and logged, and what is due is saved."""
-
-        def note(*_):
-            if self.interrupted:  # twice: at once
-                raise KeyboardInterrupt
-            self.interrupted = True
-
-        with handling_signals({signal.SIGINT: note, signal.SIGTERM: note}):
-            for epoch in range(self.epoch + 1, self.args.epochs + 1):
-                seed_everything(self.args.seed, epoch)
-                self.losses, self.extra = [], {}
-                self.started = self.shown = time.perf_counter()
-                for network in self.networks.values():
-                    network.train()
-                yield epoch
-                self.end_epoch(epoch)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        return batches(self.data, self.args.batch_size, self.compute.device)
-
-    def record(self, losses: dict[str, Tensor]) -> None:
+    def log(self, losses: dict[str, Tensor]) -> None:
         """Keep a step's losses, without waiting for the device. Names carry units: "generator loss [nats]"."""
         self.names = list(losses)
         self.losses.append(torch.stack([loss.detach() for loss in losses.values()]))
-        if self.interrupted:
-            again = f"python {self.args.script}.py --resume --out-dir {self.folder} goes on after epoch {self.epoch}"
-            nothing = "nothing was saved before the first epoch's end"
-            raise KeyboardInterrupt(f"interrupted: {again if self.epoch else nothing}")
         now = time.perf_counter()
-        if now - self.shown > 0.5 and sys.stdout.isatty() and not is_quiet():
+        if now - self.shown > 0.5 and sys.stdout.isatty() and rank() == 0:
             self.shown = now
-            self.show(dict(zip(self.names, self.losses[-1].tolist())), now - self.started, end="")
+            self.show(dict(zip(self.names, self.losses[-1].tolist())), end="")
 
-    def show(self, losses: dict[str, float], seconds: float, end: str = "\n") -> None:
-        """The progress line, `seconds` into an epoch."""
-        done, total = len(self.history) + 1, self.args.epochs
-        whole = seconds * self.steps / len(self.losses)  # this epoch's seconds
+    def show(self, figures: dict[str, float], end: str = "\n") -> None:
+        """The progress line, within an epoch or at its end."""
+        epoch, total, done = len(self.history) + 1, self.args.epochs, len(self.losses)
+        seconds = time.perf_counter() - self.started
+        whole = seconds * self.steps / done  # this epoch's seconds
         per_epoch = self.history[-1]["seconds"] if self.history else whole
-        left = per_epoch * (total - done) + whole - seconds
-        figures = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in losses.items())
-        rate = len(self.losses) * self.args.batch_size / seconds
-        line = f"epoch {done:>{len(str(total))}}/{total}  {figures}  {rate:,.0f} images/s  {clock(left)} left"
-        show_line(line, end)
+        left = clock(per_epoch * (total - epoch) + whole - seconds)
+        shown = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in figures.items())
+        rate = f"{done * self.args.batch_size / seconds:,.0f} images/s"
+        show_line(f"epoch {epoch:>{len(str(total))}}/{total}  {shown}  {rate}  {left} left", end)
 
-    def add(self, figures: dict[str, float]) -> None:
-        """More figures for this epoch's row of the log, such as test losses."""
-        self.extra |= figures
-
-    def end_epoch(self, epoch: int) -> None:
+    def end_epoch(self, figures: dict[str, float] | None = None) -> None:
+        """Keep the epoch's mean losses and more `figures`, such as test losses. UserError if a loss is not finite."""
+        figures, epoch = figures or {}, len(self.history) + 1
         losses = torch.stack(self.losses).float()
         if dist.is_initialized():  # where one process has a loss that is not finite, all of them find it and end
             dist.all_reduce(losses)
             losses /= processes()
-        losses, faults = losses.cpu().double(), []
+        losses = losses.cpu().double()
         for step, column in (~losses.isfinite()).nonzero().tolist():
-            faults.append(f"{self.names[column]} is {losses[step, column]:g} in epoch {epoch}, step {step + 1}")
-        for name, network in self.networks.items():
-            if not torch.stack([tensor.isfinite().all() for tensor in network.state_dict().values()]).all():
-                faults.append(f"the {name} has weights that are not finite after epoch {epoch}")
-        if faults:
-            kept = f"the checkpoint of epoch {self.epoch} is kept" if self.epoch else "no checkpoint was written"
-            raise UserError(f"{faults[0]}: {kept}; a lower --lr may help")
+            self.fail(f"{self.names[column]} is {losses[step, column]:g} in epoch {epoch}, step {step + 1}")
+        means = dict(zip(self.names, losses.mean(0).tolist()))
         seconds = time.perf_counter() - self.started
-        rate = len(self.losses) * self.args.batch_size / seconds
-        figures = dict(zip(self.names, losses.mean(0).tolist()))
-        self.show(figures | {name: self.extra[name] for name in self.extra if name.startswith("test loss")}, seconds)
+        rate = len(losses) * self.args.batch_size / seconds
+        self.show(means | {name: value for name, value in figures.items() if name.startswith("test loss")})
         times = {"seconds": round(seconds, 3), "images per second": round(rate, 1)}
-        self.history.append({"epoch": epoch, **figures, **self.extra, **times})
-        # At most one part in 33 of the time goes into saving, however short an epoch is.
-        if epoch == self.args.epochs or time.perf_counter() - self.saved_at > 33 * self.saving:
-            self.save(epoch)
+        self.history.append({"epoch": epoch, **means, **figures, **times})
+        self.losses = []
 
-    def save(self, epoch: int) -> None:
-        """Write log, curves and checkpoint, each whole; the checkpoint last: it is what a resumed run believes.
+    def fail(self, fault: str) -> NoReturn:
+        kept = f"the checkpoint of epoch {self.saved} is kept" if self.saved else "no checkpoint was written"
+        raise UserError(f"{fault}: {kept}; a lower --lr may help")
 
-        The checkpoint holds tensors, numbers and strings alone, so that it loads without running code.
+    def save_samples(self, images: Tensor) -> None:
+        """The epoch's picture of the fixed latents, (N, C, H, W) in [0, 1]; in a notebook it is shown in line."""
+        picture = to_picture(grid(images))
+        self.save_picture(f"samples/epoch-{len(self.history):04}.png", picture)
+        show_in_notebook(picture, display_id=f"samples {id(self)}", update=self.displayed)
+        self.displayed = True
+
+    def save_picture(self, name: str, image: Tensor | Image.Image) -> None:
+        """A picture of the model's own in the run's folder: float (C, H, W) in [0, 1] or a Pillow image."""
+        if rank() == 0:
+            write_picture(self.folder / name, image)
+
+    def save(self, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> None:
+        """Write log, curves and checkpoint, unless that was done in the last ten seconds and another epoch follows.
+
+        The checkpoint comes last: it is what a resumed run believes. It holds tensors, numbers and strings alone, so
+        that it loads without running code. UserError, and nothing is written, if a weight is not finite.
         """
-        started, self.epoch = time.perf_counter(), epoch
-        if is_quiet():
-            return
+        epoch = len(self.history)
+        if epoch == self.args.epochs or time.perf_counter() - self.saved_at > SAVE_SECONDS:
+            for name, network in networks.items():
+                if not torch.stack([tensor.isfinite().all() for tensor in network.state_dict().values()]).all():
+                    self.fail(f"the {name} has weights that are not finite after epoch {epoch}")
+            if rank() == 0:
+                self.write(networks, optimizers)
+            self.saved, self.saved_at = epoch, time.perf_counter()
+        self.started = time.perf_counter()
+
+    def write(self, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> None:
         with replacing(self.folder / "log.csv") as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, list(self.history[-1]))
             writer.writeheader()
             writer.writerows(self.history)
-        curves = {name: [row[name] for row in self.history] for name in (*self.names, *self.extra)}
+        _, *names, _, _ = self.history[-1]  # without the epoch and the times
+        curves = {name: [row[name] for row in self.history] for name in names}
         write_picture(self.folder / "losses.png", plot_lines(curves, "epoch", "loss"))
         checkpoint = dict(
             format=CHECKPOINT_FORMAT,
             script=self.args.script,
-            options={name: getattr(self.args, name) for name in self.args.kept},
-            epoch=epoch,
-            networks={name: network.state_dict() for name, network in self.networks.items()},
-            optimizers={name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            options=run_options(self.args),
+            epoch=len(self.history),
+            networks={name: network.state_dict() for name, network in networks.items()},
+            optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             history=self.history,
         )
         buffer = io.BytesIO()  # torch.save into memory first: its own file errors hide the reason
         torch.save(checkpoint, buffer)
         with replacing(self.folder / "checkpoint.pt") as temporary:
             temporary.write_bytes(buffer.getbuffer())
-        self.saved_at = time.perf_counter()
-        self.saving = self.saved_at - started
-
-    def save_samples(self, images: Tensor) -> None:
-        """This epoch's picture of the fixed latents, (N, C, H, W) in [0, 1]; in a notebook it is shown in line."""
-        picture = to_picture(grid(images))
-        self.save_picture(f"samples/epoch-{len(self.history) + 1:04}.png", picture)
-        show_in_notebook(picture, display_id=f"samples {id(self)}", update=self.displayed)
-        self.displayed = True
-
-    def save_picture(self, name: str, image: Tensor | Image.Image) -> None:
-        """A picture of the model's own in the run's folder: float (C, H, W) in [0, 1] or a Pillow image."""
-        if not is_quiet():
-            write_picture(self.folder / name, image)
 
     def finish(self) -> None:
         """The figure at a quarter, half, three quarters and all of the epochs, the animation, and the last line."""
-        if is_quiet():
+        if rank() > 0:
             return
         total = self.args.epochs
         quarters = {max(1, round(total * part / 4)) for part in (1, 2, 3, 4)}
         moments = {1 + round(i * (total - 1) / 39) for i in range(40)}
-        paths = {epoch: self.folder / "samples" / f"epoch-{epoch:04}.png" for epoch in sorted(quarters | moments)}
+        paths = {epoch: self.folder / f"samples/epoch-{epoch:04}.png" for epoch in sorted(quarters | moments)}
         pictures = {epoch: Image.open(path) for epoch, path in paths.items() if path.exists()}
         panels = [(f"Epoch {epoch}", picture) for epoch, picture in pictures.items() if epoch in quarters]
         frames = [picture for epoch, picture in pictures.items() if epoch in moments]
@@ -1039,7 +906,7 @@ class Run:
         show_line(f"{self.args.script}: done, pictures in {self.folder}: look at {self.folder / 'progress.png'}")
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------------- sampling
 
 
 class Sampler(NamedTuple):
@@ -1065,7 +932,7 @@ def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = No
         yield to_bytes(images), labels
 
 
-def sample(args: argparse.Namespace, load_sampler: Callable) -> None:
+def sample(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> None:
     """--sample N --to PATH: a grid for a name that ends in .png, else a folder with one PNG an image."""
     target = Path(args.to or Path(args.out_dir, "sample.png"))
     if target.suffix.lower() in (".jpg", ".jpeg", ".gif", ".webp", ".bmp"):
@@ -1075,18 +942,15 @@ def sample(args: argparse.Namespace, load_sampler: Callable) -> None:
         raise UserError("a grid shows at most 10,000 images: --to FOLDER writes any number")
     if target.is_dir() if as_grid else target.exists() and not target.is_dir():  # told before any work is done
         raise UserError(f"--to {target}: there is a {'folder' if as_grid else 'file'} of that name")
-    device = choose_device(args)
-    sampler = load_sampler(args.checkpoint, device)
     chunks = draw(sampler, args.sample, args.seed, device, getattr(args, "label", None))
     if as_grid:
         images = torch.cat([images for images, _ in chunks])
         picture = to_picture(grid(to_unit(images), columns=min(math.ceil(math.sqrt(args.sample)), 100)))
         write_picture(target, picture)
+        show_in_notebook(picture)
     else:
         write_folder(target, chunks, args.sample)
     show_line(f"{args.script}: {args.sample:,} images in {target}")
-    if as_grid:
-        show_in_notebook(picture)
 
 
 def write_folder(folder: Path, chunks: Iterator, count: int) -> None:

@@ -44,6 +44,7 @@ and a Frechet distance of 0.99. An epoch takes 23 seconds on 2 cores of an AMD E
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "pillow>=10.1"]
 # ///
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -210,7 +211,7 @@ def make_optimizers(args: Namespace, networks: dict[str, nn.Module]) -> dict[str
     )
 
 
-def make_step(args: Namespace, compute: common.Compute, networks: dict, optimizers: dict):
+def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, networks: dict, optimizers: dict):
     """A function from a batch, uint8 (N, 1, 28, 28) and labels (N,), to the losses of one step of all networks."""
     encoder, generator, discriminator, classifier, class_means = networks.values()
     weights = WEIGHTS[args.weights]
@@ -218,8 +219,8 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
     def step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         real = common.to_symmetric(images)  # x_r
         classes = F.one_hot(labels, CLASSES).float()  # (N, 10)
-        noise, prior_latents = common.randn(len(images), 2, args.latent_size, device=compute.device).unbind(1)
-        with compute.autocast():
+        noise, prior_latents = common.randn(len(images), 2, args.latent_size, device=device).unbind(1)
+        with autocast:
             mu, logvar = encoder(real, classes)
             # Two batches, so that batch norm lets no loss of x_p reach the encoder. The prior's classes are those of
             # the real images: random too, and L_GC then finds each class as often on both sides.
@@ -263,9 +264,9 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
         )
         objectives = dict(discriminator=loss_d, classifier=loss_c, encoder_and_generator=loss_of_both)
         # All gradients first: they belong to the weights of before the step.
-        found = {name: common.gradients(loss, optimizers[name], retain=True) for name, loss in objectives.items()}
-        for name, gradients in found.items():
-            common.apply(gradients, optimizers[name])
+        gradients = {name: common.gradients(loss, optimizers[name], retain=True) for name, loss in objectives.items()}
+        for name in objectives:
+            common.apply_gradients(gradients[name], optimizers[name])
         return {
             "L_D [nats]": loss_d,
             "L_C [nats]": loss_c,
@@ -283,19 +284,30 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
 def train(args: Namespace) -> None:
     if args.batch_size < 2 * common.processes():
         raise common.UserError(f"--batch-size {args.batch_size}: batch norm needs two images in every process")
-    compute = common.choose_compute(args)
-    data = common.load_data(args.dataset, args.data_dir)
-    common.seed_everything(args.seed)
-    networks = {name: common.distribute(network.to(compute.device)) for name, network in build(args).items()}
-    optimizers = make_optimizers(args, networks)
+    device = common.choose_device(args)
+    autocast = common.choose_autocast(args, device)
+    data = common.load_data(args.dataset, args.data_dir).to(device)  # images uint8 (N, 1, 28, 28), labels (N,)
 
-    run = common.Run(args, compute, data, networks, optimizers)
-    step = run.capture(make_step(args, compute, networks, optimizers))
-    for _ in run.epochs():
-        for images, labels in run.batches():
-            run.record(step(images, labels))
+    common.seed_everything(args.seed)
+    networks = {name: common.distribute(network.to(device)) for name, network in build(args).items()}
+    optimizers = make_optimizers(args, networks)
+    if args.resume:
+        common.restore(networks, args.checkpoint["networks"])
+        common.restore(optimizers, args.checkpoint["optimizers"])
+
+    run = common.Run(args, data)
+    step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
+    for epoch in range(len(run.history) + 1, args.epochs + 1):
+        common.seed_everything(args.seed, epoch)  # so that a resumed run is the run that was never stopped
+        for network in networks.values():
+            network.train()
+        for images, labels in common.batches(data, args.batch_size, device):
+            run.log(step(images, labels))
+        run.end_epoch()
         run.save_samples(draw_classes(networks, args, columns=8))
-    save_pictures(args, networks)
+        run.save(networks, optimizers)
+    if common.rank() == 0:
+        save_pictures(args, networks)
     run.finish()
 
 
@@ -350,8 +362,6 @@ def save_pictures(args: Namespace, networks: dict[str, nn.Module]) -> None:
         images = load_test_images(args).to(next(networks["generator"].parameters()).device)
     except common.UserError as error:
         missing = error
-    if common.is_quiet():
-        return
     common.write_picture(folder / "classes.png", common.grid(draw_classes(networks, args, columns=10), columns=10))
     if missing:
         print(f"{args.script}: no morph and styles, which start from real test images: {missing}")
@@ -366,12 +376,17 @@ def save_pictures(args: Namespace, networks: dict[str, nn.Module]) -> None:
     common.write_gif(folder / "morph.gif", frames)
 
 
+def load_networks(checkpoint: dict, device: torch.device) -> dict[str, nn.Module]:
+    networks = build(Namespace(**checkpoint["options"]))
+    common.restore(networks, checkpoint["networks"])
+    return {name: network.to(device) for name, network in networks.items()}
+
+
 def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
     """What `--sample` and compare.py draw from: a trained run, rebuilt from its checkpoint alone."""
-    args = Namespace(**checkpoint["options"])
-    networks = common.restore_networks(build(args), checkpoint, device)
+    networks = load_networks(checkpoint, device)
     return common.Sampler(
-        args.latent_size,
+        checkpoint["options"]["latent_size"],
         lambda latents, labels: generate(networks["generator"], latents, F.one_hot(labels, CLASSES).float()),
         sum(parameter.numel() for network in networks.values() for parameter in network.parameters()),
         classes=CLASSES,
@@ -379,27 +394,45 @@ def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
 
 
 def sample(args: Namespace) -> None:
-    common.sample(args, load_sampler)
+    device = common.choose_device(args)
+    common.sample(args, load_sampler(args.checkpoint, device), device)
     stored = Namespace(**vars(args) | {"seed": args.checkpoint["options"]["seed"]})
-    save_pictures(stored, common.restore_networks(build(args), args.checkpoint, torch.device("cpu")))
+    save_pictures(stored, load_networks(args.checkpoint, device))
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = common.make_parser("cvaegan", __doc__, PRESETS)
-    group = parser.add_argument_group("CVAE-GAN")
-    group.add_argument("--weights", choices=list(WEIGHTS), help="weights of the losses: the table's two columns (ours)")
-    group.add_argument(
-        "--label", type=common.number(int, 0, CLASSES - 1), metavar="K", help="--sample only class K, 0 to 9"
-    )
-    args = common.parse(parser, PRESETS, argv, transient=("label",))
+    parser = common.Parser("cvaegan.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    count, rate = common.number(int, 1), common.number(float, 0, above=True)
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
+    add("--dataset", choices=common.LABELLED, default="mnist", help="digits needs no download (mnist)")
+    add("--data-dir", metavar="DIR", type=os.path.abspath, default="data", help="folder of the data sets (data)")
+    add("--out-dir", metavar="DIR", help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
+    add("--epochs", metavar="N", type=count, help="passes over the images (guo 200)")
+    add("--batch-size", metavar="N", type=count, help="images a step (guo 128)")
+    add("--lr", metavar="RATE", type=rate, help="Adam's learning rate (guo 1e-4)")
+    add("--seed", metavar="N", type=common.number(int, 0, 2**63 - 1), default=0, help="of all that is random (guo 88)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: an accelerator, if any (auto)")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
+    add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
+    add("--sample", metavar="N", type=count, help="draw N images from the run's checkpoint and end")
+    add("--to", metavar="PATH", help="where --sample writes: a grid (NAME.png) or a folder of images")
+    add = parser.add_argument_group("CVAE-GAN").add_argument
+    add("--weights", choices=list(WEIGHTS), help="weights of the losses: a column of the table above (guo ours)")
+    add("--label", metavar="K", type=common.number(int, 0, CLASSES - 1), help="--sample only class K, 0 to 9")
+    args = common.parse(parser, PRESETS, argv)
     if args.label is not None and args.sample is None:
         parser.error("--label says which class --sample draws: give --sample N too")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    common.run_command(train if args.sample is None else sample, args)
+    with common.reporting_errors("cvaegan.py"):
+        args = parse_args(argv)
+        if args.sample is None:
+            train(args)
+        else:
+            sample(args)
 
 
 if __name__ == "__main__":

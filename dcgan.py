@@ -22,12 +22,13 @@ Frechet distance after the reports' epochs: 7.5 on MNIST (all ten digits), 19.7 
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "pillow>=10.1"]
 # ///
 
-import copy
+import os
 from argparse import Namespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import common
 
@@ -111,26 +112,6 @@ class BanerjeeDiscriminator(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Linear(256 * 7 * 7, 1), nn.Flatten(0))
 
 
-class Average(nn.Module):
-    """A generator whose weights and batch statistics are the exponential moving average of another's."""
-
-    def __init__(self, generator: nn.Module):
-        super().__init__()
-        self.generator = copy.deepcopy(generator)
-        self.register_buffer("updates", torch.zeros(()))
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.generator(latents)
-
-    @torch.no_grad()
-    def update(self, generator: nn.Module, decay: float) -> None:
-        """One step of the average; the first steps weigh more, so that the initial weights are soon forgotten."""
-        weight = (10 / (10 + self.updates)).clamp(min=1 - decay)
-        for mean, value in zip(self.generator.state_dict().values(), generator.state_dict().values()):
-            mean.lerp_(value, weight) if mean.is_floating_point() else mean.copy_(value)
-        self.updates += 1
-
-
 def build(args: Namespace) -> dict[str, nn.Module]:
     if args.preset == "banerjee":
         networks = dict(generator=BanerjeeGenerator(args.latent_size), discriminator=BanerjeeDiscriminator())
@@ -142,9 +123,17 @@ def build(args: Namespace) -> dict[str, nn.Module]:
         )
     for network in networks.values():
         network.to(memory_format=torch.channels_last)  # how the fast convolutions of CPUs and GPUs read images
-    if args.ema:
-        networks["average"] = Average(networks["generator"])
     return networks
+
+
+def make_average(generator: nn.Module, decay: float) -> AveragedModel:
+    """The moving average of a generator's weights and batch statistics; it soon forgets the initial weights."""
+
+    def average(mean: torch.Tensor, value: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
+        weight = (10 / (10 + updates)).clamp(min=1 - decay)
+        return mean.lerp(value, weight) if mean.is_floating_point() else value
+
+    return AveragedModel(generator, avg_fn=average, use_buffers=True)
 
 
 def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
@@ -191,7 +180,7 @@ def make_optimizers(args: Namespace, networks: dict[str, nn.Module]) -> dict[str
     return {name: common.adam(networks[name].parameters(), args.lr, args.beta1) for name in players}
 
 
-def make_step(args: Namespace, compute: common.Compute, networks: dict, optimizers: dict):
+def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, networks: dict, optimizers: dict):
     """A function from a batch, uint8 (N, C, H, W), to the losses of one step of both players."""
     generator, discriminator = networks["generator"], networks["discriminator"]
     augment = diff_augment if args.augment == "full" else lambda images: images
@@ -200,8 +189,8 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
         if args.augment != "none":
             images = flip(images)
         real_images = common.to_symmetric(images)
-        latents = common.randn(len(images), args.latent_size, device=compute.device)
-        with compute.autocast():
+        latents = common.randn(len(images), args.latent_size, device=device)
+        with autocast:
             fake_images = generator(latents)
             # One batch each: batch norm must not mix the statistics of real and generated images.
             real_logits = discriminator(augment(real_images)).float()
@@ -209,31 +198,43 @@ def make_step(args: Namespace, compute: common.Compute, networks: dict, optimize
         loss_of_discriminator = discriminator_loss(real_logits, fake_logits)
         common.descend(loss_of_discriminator, optimizers["discriminator"])
 
-        with compute.autocast():
+        with autocast:
             fake_logits = discriminator(augment(fake_images)).float()
         loss_of_generator = generator_loss(fake_logits)
         common.descend(loss_of_generator, optimizers["generator"])
-        if args.ema:
-            networks["average"].update(generator, args.ema)
         return {"discriminator loss [nats]": loss_of_discriminator, "generator loss [nats]": loss_of_generator}
 
     return step
 
 
 def train(args: Namespace) -> None:
-    compute = common.choose_compute(args)
-    data = common.load_data(args.dataset, args.data_dir, size=args.image_size)
-    common.seed_everything(args.seed)
-    networks = {name: common.distribute(network.to(compute.device)) for name, network in build(args).items()}
-    optimizers = make_optimizers(args, networks)
-    fixed_latents = torch.randn(64, args.latent_size).to(compute.device)
+    device = common.choose_device(args)
+    autocast = common.choose_autocast(args, device)
+    data = common.load_data(args.dataset, args.data_dir, size=args.image_size).to(device)  # images uint8 (N, C, H, W)
 
-    run = common.Run(args, compute, data, networks, optimizers)
-    step = run.capture(make_step(args, compute, networks, optimizers))
-    for _ in run.epochs():
-        for images, labels in run.batches():
-            run.record(step(images, labels))
+    common.seed_everything(args.seed)
+    networks = {name: common.distribute(network.to(device)) for name, network in build(args).items()}
+    optimizers = make_optimizers(args, networks)
+    fixed_latents = torch.randn(64, args.latent_size).to(device)
+    if args.ema:
+        networks["average"] = make_average(networks["generator"], args.ema)
+    if args.resume:
+        common.restore(networks, args.checkpoint["networks"])
+        common.restore(optimizers, args.checkpoint["optimizers"])
+
+    run = common.Run(args, data)
+    step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
+    for epoch in range(len(run.history) + 1, args.epochs + 1):
+        common.seed_everything(args.seed, epoch)  # so that a resumed run is the run that was never stopped
+        for network in networks.values():
+            network.train()
+        for images, _ in common.batches(data, args.batch_size, device):
+            run.log(step(images))
+            if args.ema:
+                networks["average"].update_parameters(networks["generator"])
+        run.end_epoch()
         run.save_samples(generate(networks, fixed_latents))
+        run.save(networks, optimizers)
     run.finish()
 
 
@@ -250,30 +251,56 @@ def generate(networks: dict[str, nn.Module], latents: torch.Tensor) -> torch.Ten
 def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
     """What `--sample` and compare.py draw from: a trained run, rebuilt from its checkpoint alone."""
     args = Namespace(**checkpoint["options"])
-    networks = common.restore_networks(build(args), checkpoint, device)
-    players = (networks["generator"], networks["discriminator"])
-    parameters = sum(parameter.numel() for network in players for parameter in network.parameters())
+    networks = build(args)
+    parameters = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
+    if args.ema:
+        networks["average"] = make_average(networks["generator"], args.ema)
+    common.restore(networks, checkpoint["networks"])
+    networks = {name: network.to(device) for name, network in networks.items()}
     return common.Sampler(args.latent_size, lambda latents, labels=None: generate(networks, latents), parameters)
 
 
 def sample(args: Namespace) -> None:
-    common.sample(args, load_sampler)
+    device = common.choose_device(args)
+    common.sample(args, load_sampler(args.checkpoint, device), device)
+
+
+def name_or_folder(dataset: str) -> str:
+    return dataset if dataset in (*common.LABELLED, "anime") else os.path.abspath(dataset)
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = common.make_parser("dcgan", __doc__, PRESETS, (*common.LABELLED, "anime", "folder"))
-    group = parser.add_argument_group("DCGAN")
-    group.add_argument("--image-size", type=int, choices=[32, 64, 128], help="side of a folder's images in pixels (64)")
-    group.add_argument(
-        "--augment", choices=["none", "flip", "full"],
-        help="flip mirrors half of the images (folders); full also varies colour, place and cutout (digits: none)",
-    )  # fmt: skip
-    group.add_argument(
-        "--ema", type=common.number(float, 0, 0.99999), metavar="DECAY",
-        help="draw from the generator's moving average of this decay a step, such as 0.999 (0: off)",
-    )  # fmt: skip
+    parser = common.Parser("dcgan.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    count, rate = common.number(int, 1), common.number(float, 0, above=True)
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
+    names = f"{', '.join(common.LABELLED)}, anime (DATA_DIR/anime) or a folder of images (mnist)"
+    add("--dataset", metavar="NAME", type=name_or_folder, default="mnist", help=names)
+    add("--data-dir", metavar="DIR", type=os.path.abspath, default="data", help="folder of the data sets (data)")
+    add("--out-dir", metavar="DIR", help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
+    add("--epochs", metavar="N", type=count, help="passes over the images (guo 100, folders 50, banerjee 100)")
+    add("--batch-size", metavar="N", type=count, help="images a step (guo 128, banerjee 128)")
+    add("--lr", metavar="RATE", type=rate, help="Adam's learning rate (guo 3e-4, folders 2e-4, banerjee 2e-4)")
+    add(
+        "--seed",
+        metavar="N",
+        type=common.number(int, 0, 2**63 - 1),
+        default=0,
+        help="of all that is random (0, folders 999)",
+    )
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: an accelerator, if any (auto)")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
+    add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
+    add("--sample", metavar="N", type=count, help="draw N images from the run's checkpoint and end")
+    add("--to", metavar="PATH", help="where --sample writes: a grid (NAME.png) or a folder of images")
+    add = parser.add_argument_group("DCGAN").add_argument
+    add("--image-size", type=int, choices=[32, 64, 128], help="side of a folder's images in pixels (folders 64)")
+    augment = "flip mirrors half of the images; full also varies colour, place and cutout (guo none, folders flip)"
+    add("--augment", choices=["none", "flip", "full"], help=augment)
+    average = "draw from the generator's moving average, of this decay a step, such as 0.999 (0: off)"
+    add("--ema", metavar="DECAY", type=common.number(float, 0, 0.99999), help=average)
     args = common.parse(parser, PRESETS, argv)
-    if args.dataset in common.LABELLED and "image_size" in args.given:
+    if args.dataset in common.LABELLED and args.image_size != 28:
         parser.error(f"--image-size is for folders of images: {args.dataset} is 28x28")
     if args.dataset not in common.LABELLED and args.preset == "banerjee":
         parser.error("--preset banerjee is a network for 28x28 images: folders of images take --preset guo")
@@ -281,8 +308,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    common.run_command(train if args.sample is None else sample, args)
+    with common.reporting_errors("dcgan.py"):
+        args = parse_args(argv)
+        if args.sample is None:
+            train(args)
+        else:
+            sample(args)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ an epoch on one core of an AMD EPYC (Zen 4) in bfloat16; `banerjee-linear` 99.9 
 # ///
 
 import math
+import os
 from argparse import Namespace
 
 import torch
@@ -119,14 +120,14 @@ def make_optimizers(args: Namespace, networks: dict[str, nn.Module]) -> dict[str
     return dict(adam=common.adam(parameters, args.lr))
 
 
-def make_step(args: Namespace, compute: common.Compute, networks: dict, optimizers: dict):
+def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, networks: dict, optimizers: dict):
     """A function from a batch, uint8 (N, 1, 28, 28), to the losses of one step of both networks."""
     encoder, decoder = networks["encoder"], networks["decoder"]
 
     def step(images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         images = common.to_unit(images)
-        noise = common.randn(len(images), args.latent_size, device=compute.device)
-        with compute.autocast():
+        noise = common.randn(len(images), args.latent_size, device=device)
+        with autocast:
             mu, logvar = encode(encoder, images)
             logits = decoder(reparameterize(mu, logvar, noise)).float()
         reconstruction = reconstruction_loss(logits, images).mean()
@@ -145,27 +146,36 @@ def name_losses(split: str, reconstruction: Tensor, divergence: Tensor) -> dict[
 
 
 def train(args: Namespace) -> None:
-    compute = common.choose_compute(args)
-    data = common.load_data(args.dataset, args.data_dir)
+    device = common.choose_device(args)
+    autocast = common.choose_autocast(args, device)
+    data = common.load_data(args.dataset, args.data_dir).to(device)  # images uint8 (N, 1, 28, 28)
     test_images, test_labels = common.load_data(args.dataset, args.data_dir, train=False)
-    test_images = test_images.to(compute.device)
+    test_images = test_images.to(device)
+
     common.seed_everything(args.seed)
-    networks = {name: network.to(compute.device) for name, network in build(args).items()}
+    networks = {name: network.to(device) for name, network in build(args).items()}
     encoder, decoder = networks["encoder"], networks["decoder"]
     optimizers = make_optimizers(args, networks)
-    fixed_latents = torch.randn(64, args.latent_size).to(compute.device)
+    fixed_latents = torch.randn(64, args.latent_size).to(device)
+    if args.resume:
+        common.restore(networks, args.checkpoint["networks"])
+        common.restore(optimizers, args.checkpoint["optimizers"])
 
-    run = common.Run(args, compute, data, networks, optimizers)
-    step = run.capture(make_step(args, compute, networks, optimizers))
-    for _ in run.epochs():
-        for images, labels in run.batches():
-            run.record(step(images, labels))
-        run.add(measure(encoder, decoder, test_images))
+    run = common.Run(args, data)
+    step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
+    for epoch in range(len(run.history) + 1, args.epochs + 1):
+        common.seed_everything(args.seed, epoch)  # so that a resumed run is the run that was never stopped
+        for network in networks.values():
+            network.train()
+        for images, _ in common.batches(data, args.batch_size, device):
+            run.log(step(images))
+        run.end_epoch(measure(encoder, decoder, test_images))
         run.save_samples(decode(decoder, fixed_latents))
+        run.save(networks, optimizers)
     run.save_picture("reconstructions.png", draw_reconstructions(encoder, decoder, test_images[:32]))
     run.save_picture("latent.png", draw_latent_map(encoder, test_images, test_labels))
     if args.latent_size == 2:
-        run.save_picture("manifold.png", draw_manifold(decoder, compute.device))
+        run.save_picture("manifold.png", draw_manifold(decoder, device))
     run.finish()
 
 
@@ -206,7 +216,7 @@ def bounds(encoder: nn.Module, decoder: nn.Module, images: Tensor, samples: int)
         log_w = log_weights(encoder, decoder, common.to_unit(chunk), samples)
         found.append(torch.stack([log_w.mean(1), log_w.logsumexp(1) - math.log(samples)]).cpu())  # (2, n)
         progress.update(sum(part.shape[1] for part in found))
-    progress.close(f"{samples} samples for each of {len(images):,} images")
+    common.show_line(f"{samples} samples for each of {len(images):,} images")
     elbo, importance_weighted = torch.cat(found, dim=1).mean(1).tolist()
     return {"ELBO [nats]": elbo, "importance-weighted bound [nats]": importance_weighted}
 
@@ -259,8 +269,9 @@ def draw_manifold(decoder: nn.Module, device: torch.device, side: int = 20) -> T
 def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
     """What `--sample`, `--evaluate` and compare.py ask of a trained run, rebuilt from its checkpoint alone."""
     args = Namespace(**checkpoint["options"])
-    networks = common.restore_networks(build(args), checkpoint, device)
-    encoder, decoder = networks["encoder"], networks["decoder"]
+    networks = build(args)
+    common.restore(networks, checkpoint["networks"])
+    encoder, decoder = (network.to(device) for network in networks.values())
     return common.Sampler(
         args.latent_size,
         lambda latents, labels=None: decode(decoder, latents),
@@ -270,34 +281,64 @@ def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
 
 
 def sample(args: Namespace) -> None:
-    common.sample(args, load_sampler)
+    device = common.choose_device(args)
+    common.sample(args, load_sampler(args.checkpoint, device), device)
 
 
 def evaluate(args: Namespace) -> None:
     """Print the run's two bounds on log p(x) of the test images, in float32 whatever the run was trained in."""
-    compute = common.choose_compute(args)
-    sampler = load_sampler(args.checkpoint, compute.device)
+    sampler = load_sampler(args.checkpoint, common.choose_device(args))
     images = common.load_data(args.dataset, args.data_dir, train=False).images
     common.seed_everything(args.seed)
     for name, figure in sampler.evaluate(images).items():
-        if not common.is_quiet():
-            print(f"{args.script}: test {name}: {figure:.2f}")
+        common.show_line(f"{args.script}: test {name}: {figure:.2f}")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = common.make_parser("vae", __doc__, PRESETS)
+    parser = common.Parser("vae.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    count, rate = common.number(int, 1), common.number(float, 0, above=True)
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
+    add("--dataset", choices=common.LABELLED, default="mnist", help="digits needs no download (mnist)")
+    add("--data-dir", metavar="DIR", type=os.path.abspath, default="data", help="folder of the data sets (data)")
+    add("--out-dir", metavar="DIR", help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
+    add(
+        "--epochs",
+        metavar="N",
+        type=count,
+        help="passes over the images (guo 200, banerjee-linear 100, banerjee-conv 100)",
+    )
+    add("--batch-size", metavar="N", type=count, help="images a step (guo 128, banerjee-linear 64, banerjee-conv 128)")
+    add(
+        "--lr",
+        metavar="RATE",
+        type=rate,
+        help="Adam's learning rate (guo 1e-4, banerjee-linear 1e-4, banerjee-conv 1e-4)",
+    )
+    add("--seed", metavar="N", type=common.number(int, 0, 2**63 - 1), default=0, help="of all that is random (0)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: an accelerator, if any (auto)")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
+    add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
+    add("--sample", metavar="N", type=count, help="draw N images from the run's checkpoint and end")
+    add("--to", metavar="PATH", help="where --sample writes: a grid (NAME.png) or a folder of images")
     add = parser.add_argument_group("VAE").add_argument
-    add("--beta", type=common.number(float, 0), metavar="WEIGHT", help="weight of the KL in training (1)")
+    add("--beta", metavar="WEIGHT", type=common.number(float, 0), help="weight of the KL in training (1)")
     add("--evaluate", action="store_true", help="print the run's test ELBO and importance-weighted bound, in nats")
-    args = common.parse(parser, PRESETS, argv, transient=("evaluate",))
+    args = common.parse(parser, PRESETS, argv)
     if args.evaluate and (args.resume or args.sample is not None):
         parser.error("--evaluate measures a trained run: leave out --resume and --sample")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    common.run_command(evaluate if args.evaluate else train if args.sample is None else sample, args)
+    with common.reporting_errors("vae.py"):
+        args = parse_args(argv)
+        if args.evaluate:
+            evaluate(args)
+        elif args.sample is None:
+            train(args)
+        else:
+            sample(args)
 
 
 if __name__ == "__main__":
