@@ -1,7 +1,7 @@
-"""Data and device helpers for the four scripts, and the files that a run leaves behind. Nothing here knows a model.
+"""Data and device helpers for the four scripts, and what a run leaves on the disk; no model.
 
-In reading order: errors and files, the command line, device and processes, optimizer steps, data, pictures, a run's
-folder, sampling. Images are uint8 (N, C, H, W) in memory; a training step makes floats of them.
+In reading order: errors and files, the command line, device and processes, optimizer steps, data,
+pictures, a run's folder, sampling. Images are uint8 (N, C, H, W); training steps make floats of them.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 LABELLED = ("mnist", "fashion", "digits")  # data sets of 28x28 grey images in ten classes
-MOMENTARY = ("script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint")  # not a run's options
 CHECKPOINT_FORMAT = 1
+NOT_KEPT = {"script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint"}
 SAVE_SECONDS = 10  # between two checkpoints, when epochs are shorter
 
-# ------------------------------------------------------------------------------------------------- errors and files
+# --------------------------------------------------------------------------------- errors and files
 
 
 class UserError(Exception):
@@ -49,9 +49,9 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which replaces `path` at the end, at once, or on an error not at all.
+    """Yield a temporary path beside `path`, which it replaces at the end, whole, or not at all.
 
-    `sync` waits for the disk: a power cut leaves no half file either. UserError if the disk is full or read-only.
+    `sync` waits for the disk, for the case of a power cut. UserError if it is full or read-only.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -75,7 +75,7 @@ def clock(seconds: float) -> str:
 
 
 def show_line(line: str, end: str = "\n") -> None:
-    """Print a line, in the first process alone; on a terminal it replaces an unfinished one, which never wraps."""
+    """Print a line, in process 0 alone; on a terminal it replaces an unfinished one, cut to fit."""
     if sys.stdout.isatty():
         line = "\r" + (line if end else line[: shutil.get_terminal_size().columns - 1]) + "\x1b[K"
     if rank() == 0:
@@ -83,7 +83,7 @@ def show_line(line: str, end: str = "\n") -> None:
 
 
 class Progress:
-    """Work done, its rate and the time left: on a terminal a line that is rewritten, else a line every ten seconds."""
+    """Work done, its rate and the time left, on one line that is rewritten, or now and then a new one."""
 
     def __init__(self, total: int, unit: str):
         self.total, self.unit = total, unit
@@ -98,7 +98,7 @@ class Progress:
             show_line(f"{line} {text}", end="" if on_terminal else "\n")
 
 
-# ------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,27 +121,27 @@ def leave(status: int, program: str, message: str) -> NoReturn:
     raise SystemExit(status)
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
     """An argparse type: a finite int or float in [low, high], or in (low, high] if `above`."""
-    noun = f"a{' whole' if kind is int else ''} number {'above' if above else 'of at least'} {low:g}"
+    noun = "a whole number" if kind is int else "a number"
+    noun += f" above {low:g}" if above else f" of at least {low:g}"
     noun += f" and at most {high:g}" if high < math.inf else ""
 
     def convert(text: str):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or value == math.inf or (above and value == low):
-            raise argparse.ArgumentTypeError(f"must be {noun}, not {text!r}")
-        return value
+            if low <= value <= high and value != math.inf and not (above and value == low):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {noun}, not {text!r}")
 
     return convert
 
 
-def parse(parser: argparse.ArgumentParser, presets: dict, argv: list[str] | None) -> argparse.Namespace:
-    """Options: what was typed over the checkpoint's (if one is asked for) over the preset's over the defaults.
+def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Namespace:
+    """What was typed, over the checkpoint's options (if one is asked for), over the preset's.
 
-    A preset may hold a dict `folder` of other numbers for folders of images. Adds `script` and `checkpoint` (or None).
+    A preset may hold a dict `folder` of other numbers for folders of images. Adds `script`, and
+    `checkpoint`: a dict or None.
     """
     args = parser.parse_args(argv)
     numbers = dict(presets[args.preset])
@@ -163,28 +163,28 @@ def parse(parser: argparse.ArgumentParser, presets: dict, argv: list[str] | None
         checkpoint = load_checkpoint(out_dir, script)
     except UserError as error:
         parser.error(str(error))
-    stored, own = checkpoint["options"], run_options(args)
-    if {k: type(v) for k, v in stored.items()} != {k: type(v) for k, v in own.items()}:
-        odd = sorted(set(stored) ^ set(own)) or "of other types"
-        parser.error(f"the checkpoint was written by another version of the script (options {odd}): train anew")
+    stored, fresh = checkpoint["options"], run_options(args)
+    if {k: type(v) for k, v in stored.items()} != {k: type(v) for k, v in fresh.items()}:
+        odd = sorted(set(stored) ^ set(fresh)) or "of other types"
+        parser.error(f"the checkpoint is of another version of {script}.py (options {odd}): train anew")
     parser.set_defaults(**stored, checkpoint=checkpoint)
     args = parser.parse_args(argv)
     free = {"epochs", "data_dir", "device", "precision"} | (set() if args.resume else {"seed"})
     for name, value in run_options(args).items():
         if value != stored[name] and name not in free:
-            option = f"--{name.replace('_', '-')} {value}"
-            parser.error(f"{option} contradicts the checkpoint's {stored[name]}: leave it out, or train anew")
+            typed = f"--{name.replace('_', '-')} {value}"
+            parser.error(f"{typed} contradicts the checkpoint's {stored[name]}: leave it out, or train anew")
     return args
 
 
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that a checkpoint keeps."""
-    return {name: value for name, value in vars(args).items() if name not in MOMENTARY}
+    return {name: value for name, value in vars(args).items() if name not in NOT_KEPT}
 
 
 @contextlib.contextmanager
 def reporting_errors(program: str) -> Iterator[None]:
-    """End with one line instead of a traceback: status 2 for what the user can mend, 130 for Ctrl-C and SIGTERM."""
+    """End with a line, not a traceback: status 2 for a mistake, 130 for Ctrl-C and SIGTERM."""
     program += f" (process {rank()})" if rank() else ""
     with contextlib.suppress(ValueError):  # outside the main thread Python allows no handlers
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -193,12 +193,14 @@ def reporting_errors(program: str) -> Iterator[None]:
         if dist.is_initialized():
             dist.barrier()  # a process that leaves early takes its connections with it
     except KeyboardInterrupt as interrupt:
-        leave(130, program, str(interrupt) or "interrupted: a training goes on from its last checkpoint with --resume")
+        how = "interrupted: a training goes on with --resume, from its last checkpoint"
+        leave(130, program, str(interrupt) or how)
     except (UserError, OSError) as error:
         leave(getattr(error, "status", 2), program, f"error: {error}")
-    except (MemoryError, RuntimeError) as error:  # torch has no type for all its ways to run out of memory
-        told = str(error).lower()
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or ("alloc" in told and "memory" in told):
+    except (MemoryError, RuntimeError) as error:
+        told = str(error).lower()  # for torch has no type for the processor's memory
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if known or ("alloc" in told and "memory" in told):
             leave(2, program, "error: out of memory: a smaller --batch-size needs less")
         raise
     finally:
@@ -206,7 +208,7 @@ def reporting_errors(program: str) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------- device and processes
+# ----------------------------------------------------------------------------- device and processes
 
 
 def rank() -> int:
@@ -220,17 +222,18 @@ def processes() -> int:
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
-    """The device that `--device` names, or the best there is; joins torchrun's processes. UserError if it is absent."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    kind = args.device
-    if kind == "auto":
-        kind = accelerator.type if accelerator else "cpu"
-    if kind != "cpu" and (accelerator is None or accelerator.type != kind):
-        here = accelerator or "no accelerator"
+    """The device that `--device` names; UserError if it is absent. Joins torchrun's processes."""
+    best = "cpu"
+    if torch.accelerator.is_available():
+        best = torch.accelerator.current_accelerator().type
+    kind = best if args.device == "auto" else args.device
+    if kind not in ("cpu", best):
+        here = "no accelerator" if best == "cpu" else best
         raise UserError(f"--device {kind}: this machine has {here}; --device auto takes what there is")
     device = torch.device(kind)
     if kind == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if processes() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -238,7 +241,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 
 
 def choose_autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
-    """A context in which matrix products and convolutions run in `--precision`. Prints it and the device."""
+    """A context for matrix products and convolutions in `--precision`. Prints it and the device."""
     native = has_native_bf16(device)
     precision, why = "bf16" if native else "fp32", f"native here: {'yes' if native else 'no'}"
     if args.precision != "auto":
@@ -251,40 +254,41 @@ def choose_autocast(args: argparse.Namespace, device: torch.device) -> torch.aut
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 in hardware; others (a T4, an older CPU) emulate it slowly."""
+    """Whether bfloat16 is multiplied in hardware; others (a T4, an older CPU) emulate it slowly."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        with contextlib.suppress(OSError):
-            flags = Path("/proc/cpuinfo").read_text().split()
-            return "avx512_bf16" in flags or "amx_bf16" in flags
-    return False
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type != "cpu" or not cpuinfo.exists():
+        return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo.read_text().split())
 
 
 def seed_everything(seed: int, epoch: int = 0) -> None:
-    """Seed all that is random from (seed, epoch): an epoch depends on nothing that came before but the weights."""
+    """Seed all that is random from both: of what came before, an epoch sees the weights alone."""
     # The CPU's generator keeps 32 bits of its seed: mix, so that no two epochs of two seeds agree.
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4], "big"))
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def randn(count: int, *shape: int, device: torch.device | str) -> Tensor:
-    """This process's rows (count, *shape) of the Gaussian noise that one process would draw for the whole batch."""
+    """This process's rows (count, *shape) of the noise that one process would draw for the batch."""
     noise = torch.randn(count * processes(), *shape, device=device)
     return noise[rank() * count : (rank() + 1) * count]
 
 
-# -------------------------------------------------------------------------------------------------- optimizer steps
+# ---------------------------------------------------------------------------------- optimizer steps
 
 
 def adam(parameters, lr: float, beta1: float = 0.9) -> torch.optim.Adam:
     """Adam in one kernel a step (fused), which a CUDA graph can capture."""
     parameters = list(parameters)
     kind = parameters[0].device.type
-    return torch.optim.Adam(parameters, lr, (beta1, 0.999), fused=kind in ("cpu", "cuda"), capturable=kind == "cuda")
+    how = dict(fused=kind in ("cpu", "cuda"), capturable=kind == "cuda")
+    return torch.optim.Adam(parameters, lr, (beta1, 0.999), **how)
 
 
-def gradients(loss: Tensor, optimizer: torch.optim.Optimizer, retain: bool = False) -> tuple[Tensor, ...]:
-    """Gradients of `loss` for this optimizer's parameters alone: other networks are constants and cost nothing."""
+def gradients(loss: Tensor, optimizer: torch.optim.Optimizer, retain: bool = False) -> tuple:
+    """Gradients of `loss` for this optimizer's parameters alone: other networks cost nothing."""
     return torch.autograd.grad(loss, optimizer.param_groups[0]["params"], retain_graph=retain)
 
 
@@ -322,7 +326,7 @@ def capture(step: Callable, device: torch.device) -> Callable:
 
 
 class GraphedStep:
-    """A training step captured as one CUDA graph and replayed: a step costs one launch instead of hundreds."""
+    """A training step captured as one CUDA graph and replayed: one launch instead of hundreds."""
 
     def __init__(self, step: Callable):
         self.step, self.calls, self.graph = step, 0, None
@@ -354,7 +358,7 @@ class GraphedStep:
         return self.losses
 
 
-# ------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 class Data(NamedTuple):
@@ -369,7 +373,7 @@ class Data(NamedTuple):
 
 
 def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | None = None) -> Data:
-    """The images of a data set: mnist, fashion, digits 1x28x28 with labels; anime, folders 3 x size x size without.
+    """A data set: mnist, fashion, digits 1x28x28 with labels; anime, folders 3 x size x size.
 
     Raises UserError when the data is absent and can't be fetched, is damaged, or holds no image.
     """
@@ -406,74 +410,80 @@ def load_idx(name: str, data_dir: Path, train: bool) -> Data:
     try:
         images = datasets.mnist.read_image_file(str(images_file))
         labels = datasets.mnist.read_label_file(str(labels_file))
-        if images.shape[1:] != (28, 28) or len(images) != len(labels) or not len(labels) or labels.max() > 9:
+        if images.shape != (len(labels), 28, 28) or labels.max() > 9:  # of no labels an error
             raise ValueError
     except (AssertionError, ValueError, RuntimeError, KeyError, IndexError, OSError) as error:
-        raise UserError(f"{images_file} or its labels are damaged: delete both, and they are fetched again") from error
+        way_out = "delete both, and they are fetched again"
+        raise UserError(f"{images_file} or its labels are damaged: {way_out}") from error
     return Data(images[:, None], labels.long())
 
 
 def draw_digits(train: bool = True) -> Data:
-    """Ten thousand (train) or two thousand (test) digits in Pillow's own font, turned, slanted and sized at random.
+    """Digits in Pillow's own font, turned, slanted and sized at random: 10,000, or 2,000 for tests.
 
     Always the same pictures, made in a few seconds: for trying things out without a download.
     """
-    count, chance = (10_000, random.Random("digits")) if train else (2_000, random.Random("digits, test"))
+    count, seed = (10_000, "digits") if train else (2_000, "digits, test")
+    chance = random.Random(seed)
     font = ImageFont.load_default(size=64)
     glyphs = {}
     for digit in range(10):
         for stroke in range(4):
             glyphs[digit, stroke] = glyph = Image.new("L", (96, 96))
-            ImageDraw.Draw(glyph).text((48, 48), str(digit), 255, font, anchor="mm", stroke_width=stroke)
+            draw = ImageDraw.Draw(glyph)
+            draw.text((48, 48), str(digit), 255, font, anchor="mm", stroke_width=stroke)
     labels = [i % 10 for i in range(count)]
     chance.shuffle(labels)
     pictures = bytearray()
     for label in labels:
         angle, slant = chance.gauss(0, 0.12), chance.gauss(0, 0.15)
-        across, down = chance.uniform(1.05, 1.6), chance.uniform(1.1, 1.4)  # glyph pixels a pixel of the 56x56 picture
+        across, down = chance.uniform(1.05, 1.6), chance.uniform(1.1, 1.4)  # glyph pixels a pixel
         cos, sin = math.cos(angle), math.sin(angle)
         a, b = across * (cos + slant * sin), across * (slant * cos - sin)
         d, e = down * sin, down * cos
         x, y = 28 + chance.uniform(-3, 3), 28 + chance.uniform(-3, 3)
         matrix = (a, b, 48 - a * x - b * y, d, e, 48 - d * x - e * y)
         glyph = glyphs[label, chance.randrange(4)]
-        picture = glyph.transform((56, 56), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR).reduce(2)
-        pictures += picture.tobytes()
-    return Data(torch.frombuffer(pictures, dtype=torch.uint8).view(count, 1, 28, 28), torch.tensor(labels))
+        how = Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+        pictures += glyph.transform((56, 56), *how).reduce(2).tobytes()
+    images = torch.frombuffer(pictures, dtype=torch.uint8).view(count, 1, 28, 28)
+    return Data(images, torch.tensor(labels))
 
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # some of Pillow's other readers start programs
 
 
 def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
-    """The images under `folder`, flat or nested, as uint8 (N, 3, size, size), mapped from a cache file made once.
+    """The images under `folder`, flat or nested, as uint8 (N, 3, size, size), mapped from a cache.
 
-    The cache lies in `data_dir` as FOLDER-PLACE-DIGEST-SIZE.images: a folder whose files changed has another digest,
-    and its earlier cache is removed. Files that are no usable image are skipped and named. Raises UserError when none
-    is left, and when a file can't be read for another reason.
+    The cache is made once, in `data_dir`, as FOLDER-PLACE-DIGEST-SIZE.images. A folder whose files
+    changed has another digest; its earlier cache is removed. Files that are no usable image are
+    skipped and named. Raises UserError when none is left, and when a file can't be read now.
     """
     if not folder.is_dir():
-        hint = "python crawl_anime.py fills it" if folder.name == "anime" else "--dataset takes a name or a folder"
+        hint = "--dataset takes a name or a folder; python crawl_anime.py fills data/anime"
         raise UserError(f"there is no folder {folder} ({hint})")
     names, digest = list_files(folder)
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
     cache = data_dir / f"{folder.name}-{place}-{digest}-{size}.images"
-    found = next(data_dir.glob(f"*-{digest}-{size}.images"), None)  # perhaps made when the folder had another place
+    found = next(data_dir.glob(f"*-{digest}-{size}.images"), None)  # made here, or before a move
     if found:
-        cache, count = found, found.stat().st_size // (3 * size * size)
-        told = f" (cached); skipped {len(names) - count:,} files" if count < len(names) else " (cached)"
+        cache, count, told = found, found.stat().st_size // (3 * size * size), " (cached)"
+        if count < len(names):
+            told += f"; skipped {len(names) - count:,} files"
     else:
         count, told = build_cache(cache, folder, names, size)
         for earlier in data_dir.glob(f"*-{place}-{'?' * len(digest)}-{size}.images"):
-            if earlier != cache:
-                earlier.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if earlier != cache:
+                    earlier.unlink()
     show_line(f"{count:,} images in {folder}{told}")
     pixels = torch.from_file(str(cache), size=count * 3 * size * size, dtype=torch.uint8)
     return pixels.view(count, 3, size, size)
 
 
 def list_files(folder: Path) -> tuple[list[str], str]:
-    """Relative paths of all files but hidden ones, sorted, and a digest that changes when one of them does."""
+    """Relative paths of all files but hidden ones, sorted, and a digest that changes with them."""
 
     def fail(error: OSError):
         raise UserError(f"can't read {error.filename}: {error.strerror}") from error
@@ -482,10 +492,11 @@ def list_files(folder: Path) -> tuple[list[str], str]:
     for directory, folders, names in os.walk(folder, onerror=fail):
         folders[:] = fnmatch.filter(folders, "[!.]*")  # those that are walked
         for path in (os.path.join(directory, name) for name in fnmatch.filter(names, "[!.]*")):
-            with contextlib.suppress(FileNotFoundError):  # removed a moment ago, or a link to nothing
+            with contextlib.suppress(FileNotFoundError):  # removed by now, or a link to nothing
                 status = os.stat(path)
                 if stat.S_ISREG(status.st_mode) and not path.endswith(".images"):
-                    files.append((os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
+                    name = os.path.relpath(path, folder)
+                    files.append((name, status.st_size, status.st_mtime_ns))
     files.sort()
     digest = hashlib.sha256()
     for file in files:
@@ -494,7 +505,7 @@ def list_files(folder: Path) -> tuple[list[str], str]:
 
 
 def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple[int, str]:
-    """Decode files into a mapped file, which may be larger than memory. Returns the images' number and who is none."""
+    """Decode files into a mapped file, larger than memory perhaps; how many, and what was skipped."""
     for leftover in cache.parent.glob(".*.images.*.tmp"):  # of builders that were killed
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
@@ -503,21 +514,23 @@ def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple
     decode = functools.partial(decode_files, folder=folder, size=size)
     with replacing(cache) as temporary:
         with open(temporary, "wb") as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is told here; on a mapped page it would be a signal
+            if hasattr(os, "posix_fallocate"):  # on a mapped page a full disk is a signal
                 os.posix_fallocate(file.fileno(), 0, max(1, len(names)) * length)
-        pixels = torch.from_file(str(temporary), shared=True, size=len(names) * length, dtype=torch.uint8)
+        whole = len(names) * length
+        pixels = torch.from_file(str(temporary), shared=True, size=whole, dtype=torch.uint8)
         for name, picture in zip(names, map_in_workers(decode, names, len(names) // 256)):
             if isinstance(picture, OSError):
                 raise UserError(f"can't read {folder / name}: {picture.strerror}")
             if isinstance(picture, str):
                 skipped.append(f"{name} ({picture})")
             else:
-                pixels[count * length : (count + 1) * length] = torch.frombuffer(picture, dtype=torch.uint8)
+                image = torch.frombuffer(picture, dtype=torch.uint8)
+                pixels[count * length : (count + 1) * length] = image
                 count += 1
             progress.update(count + len(skipped))
         first = "".join(c if c.isprintable() else "?" for c in ", ".join(skipped[:3]))
         if not count:
-            what = f"{len(names):,} files, none of them a usable image: {first}" if names else "no file"
+            what = f"{len(names):,} files, none a usable image: {first}" if names else "no file"
             raise UserError(f"{folder} holds {what}; {', '.join(IMAGE_FORMATS)} are read")
         del pixels
         os.truncate(temporary, count * length)
@@ -526,16 +539,14 @@ def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple
 
 
 def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
-    """function(part) for parts of the list, in up to 8 processes (0: in this one): one by one all their results."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers, cores, 8)  # each holds a copy of the libraries: about 0.2 GB
-    spawn = "spawn" if workers else None  # forking a process that has threads can hang
-    loader = DataLoader(items, 16, collate_fn=function, num_workers=workers, multiprocessing_context=spawn)
+    """All results, in order, of function(part) -> list for parts of `items`, in up to 8 processes."""
+    workers = min(workers, os.cpu_count() or 1, 8)  # each holds the libraries: about 0.2 GB
+    how = dict(num_workers=workers, multiprocessing_context="spawn") if workers else {}
     try:
-        for results in loader:
+        for results in DataLoader(items, 16, collate_fn=function, **how):
             yield from results
     except RuntimeError as error:
-        raise UserError(f"lost a process that decodes images, perhaps for want of memory ({error})") from error
+        raise UserError(f"lost a process that decodes, perhaps for want of memory: {error}") from error
 
 
 def decode_files(names: list[str], folder: Path, size: int) -> list[bytearray | str | OSError]:
@@ -549,9 +560,9 @@ def decode_files(names: list[str], folder: Path, size: int) -> list[bytearray | 
 def decode_file(path: Path, size: int) -> bytearray | str | OSError:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
+            image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded to a fraction
             image.load()
-            image = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)  # its middle
+            image = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
         return bytearray().join(band.tobytes() for band in image.split())
     except Image.UnidentifiedImageError:
         return "no image" if path.stat().st_size else "empty"
@@ -560,7 +571,8 @@ def decode_file(path: Path, size: int) -> bytearray | str | OSError:
     except MemoryError:
         return OSError(errno.ENOMEM, "out of memory")
     except Exception as error:  # a damaged file raises whatever its bytes lead to
-        return error if isinstance(error, OSError) and error.errno else f"damaged: {error}"[:80]
+        passing = isinstance(error, OSError) and error.errno
+        return error if passing else f"damaged: {error}"[:80]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -575,17 +587,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor | None]]:
-    """This process's share of every batch of one epoch, in random order, on the device: uint8 (B, C, H, W), int64 (B,).
+def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Data]:
+    """An epoch's batches in random order, this process's share of each, on the device.
 
-    The last images that fill no batch are left out, so that every step has one shape; the next epoch permutes anew.
+    The last images that fill no batch are left out, so that every step has one shape; the next
+    epoch permutes anew.
     """
     share = batch_size // processes()
-    order = torch.randperm(len(data.images)).to(data.images.device)  # once: a copy a step would wait for the device
+    order = torch.randperm(len(data.images)).to(data.images.device)  # a copy a step would wait for it
     for start in range(0, len(order) - batch_size + 1, batch_size):
         picked = order[start + rank() * share : start + (rank() + 1) * share]
-        labels = data.labels.index_select(0, picked).to(device) if data.labels is not None else None
-        yield data.images.index_select(0, picked).to(device, non_blocking=True), labels
+        labels = None if data.labels is None else data.labels.index_select(0, picked).to(device)
+        yield Data(data.images.index_select(0, picked).to(device, non_blocking=True), labels)
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -603,7 +616,7 @@ def symmetric_to_unit(images: Tensor) -> Tensor:
     return images.float().add(1).div_(2)
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -636,7 +649,7 @@ def show_in_notebook(picture: Image.Image, **options) -> None:
 
 
 def write_picture(path: str | Path, image: Tensor | Image.Image) -> None:
-    with replacing(path, sync=False) as temporary:  # thousands are written, and any can be drawn again
+    with replacing(path, sync=False) as temporary:  # of thousands, each of which can be drawn again
         to_picture(image).save(temporary, format="PNG")
 
 
@@ -644,8 +657,9 @@ def write_gif(path: str | Path, frames: list[Image.Image]) -> None:
     """An endless animation that rests on its last frame; few colours keep it small."""
     frames = [frame.quantize(16 if frame.mode == "L" else 64) for frame in frames]
     milliseconds = [150] * (len(frames) - 1) + [2000]
+    how = dict(save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     with replacing(path) as temporary:
-        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+        frames[0].save(temporary, "GIF", **how)
 
 
 def label_panels(panels: list[tuple[str, Image.Image]], columns: int = 2) -> Image.Image:
@@ -654,59 +668,66 @@ def label_panels(panels: list[tuple[str, Image.Image]], columns: int = 2) -> Ima
     font, columns = ImageFont.load_default(size=max(12, height // 18)), min(columns, len(panels))
     title, gap = font.size * 2, font.size
     rows = -(-len(panels) // columns)
-    figure = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + title + gap)), "white")
+    across, down = width + gap, height + title + gap
+    figure = Image.new("RGB", (columns * across + gap, rows * down), "white")
     for i, (text, panel) in enumerate(panels):
-        x, y = gap + i % columns * (width + gap), title + i // columns * (height + title + gap)
-        ImageDraw.Draw(figure).text((x + width / 2, y - title / 2), text, "black", font, anchor="mm")
+        x, y = gap + i % columns * across, title + i // columns * down
+        middle = x + width / 2, y - title / 2
+        ImageDraw.Draw(figure).text(middle, text, "black", font, anchor="mm")
         figure.paste(panel, (x, y))
     return figure
 
 
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+COLOURS = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()
 
 
 def ticks(low: float, high: float, least: float = 0.0) -> list[float]:
-    """Up to seven round numbers (1, 2 or 5 times a power of ten) from low to high, at least `least` apart."""
+    """Up to seven round numbers (1, 2, 5 times a power of ten) within, at least `least` apart."""
     step = 10 ** math.floor(math.log10((high - low) / 6))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
     step = max(step, least)
-    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [step * i for i in range(first, last + 1)]
 
 
 class Plot:
-    """A figure with axes, ticks and a legend; draw at `point(x, y)` on `draw`. Halved at the end for smooth lines."""
+    """A figure of 800x500 with axes and legend; draw at `point(x, y)` on `draw`, at twice the size."""
 
-    left, right, top, bottom = 150, 1560, 40, 890  # of the axes in 1600x1000 pixels
+    left, right, top, bottom = 150, 1560, 40, 890  # of the axes
 
-    def __init__(self, x_range, y_range, x_label: str, y_label: str, legend: dict[str, str], log_y: bool = False):
-        self.image, self.font = Image.new("RGB", (1600, 1000), "white"), ImageFont.load_default(size=28)
-        self.draw, self.legend = ImageDraw.Draw(self.image), legend
+    def __init__(self, x_range, y_range, x_label: str, y_label: str, legend: dict, log_y=False):
+        self.image, self.legend = Image.new("RGB", (1600, 1000), "white"), legend
+        self.draw, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(size=28)
         self.scale = math.log10 if log_y else float
         (self.x0, self.x1), (self.y0, self.y1) = x_range, map(self.scale, y_range)
+        left, right, top, bottom = self.left, self.right, self.top, self.bottom
         for x in ticks(self.x0, self.x1, least=1 if x_label == "epoch" else 0):
             column = self.point(x, y_range[0])[0]
-            self.draw.line((column, self.top, column, self.bottom), "#e6e6e6", 2)
-            self.draw.text((column, self.bottom + 12), f"{x:g}", "black", self.font, anchor="ma")
+            self.draw.line((column, top, column, bottom), "#e6e6e6", 2)
+            self.draw.text((column, bottom + 12), f"{x:g}", "black", self.font, anchor="ma")
         for tick in ticks(self.y0, self.y1, least=1 if log_y else 0):
             y = 10.0**tick if log_y else tick
             row = self.point(self.x0, y)[1]
-            self.draw.line((self.left, row, self.right, row), "#e6e6e6", 2)
-            self.draw.text((self.left - 12, row), f"{y:g}", "black", self.font, anchor="rm")
-        self.draw.rectangle((self.left, self.top, self.right, self.bottom), outline="black", width=2)
-        self.draw.text(((self.left + self.right) / 2, 984), x_label, "black", self.font, anchor="md")
-        side = Image.new("L", (self.bottom - self.top, 40))
+            self.draw.line((left, row, right, row), "#e6e6e6", 2)
+            self.draw.text((left - 12, row), f"{y:g}", "black", self.font, anchor="rm")
+        self.draw.rectangle((left, top, right, bottom), outline="black", width=2)
+        self.draw.text(((left + right) / 2, 984), x_label, "black", self.font, anchor="md")
+        side = Image.new("L", (bottom - top, 40))
         ImageDraw.Draw(side).text((side.width / 2, 20), y_label, 255, self.font, anchor="mm")
-        self.image.paste("black", (8, self.top), side.rotate(90, expand=True))
+        self.image.paste("black", (8, top), side.rotate(90, expand=True))
 
     def point(self, x: float, y: float) -> tuple[float, float]:
-        across, up = (x - self.x0) / (self.x1 - self.x0), (self.scale(y) - self.y0) / (self.y1 - self.y0)
-        return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
+        across = (x - self.x0) / (self.x1 - self.x0)
+        up = (self.scale(y) - self.y0) / (self.y1 - self.y0)
+        width, height = self.right - self.left, self.bottom - self.top
+        return self.left + across * width, self.bottom - up * height
 
     def finish(self) -> Image.Image:
-        """The figure (800x500) with its legend on top."""
+        """The figure with its legend on top."""
         left = self.right - 90 - max(self.draw.textlength(name, self.font) for name in self.legend)
         bottom = self.top + 20 + 38 * len(self.legend)
-        self.draw.rectangle((left, self.top + 10, self.right - 10, bottom), "white", "#bbbbbb", 2)
+        box = left, self.top + 10, self.right - 10, bottom
+        self.draw.rectangle(box, "white", "#bbbbbb", 2)
         for y, (name, colour) in zip(range(self.top + 34, bottom, 38), self.legend.items()):
             self.draw.rectangle((left + 12, y - 5, left + 52, y + 5), colour)
             self.draw.text((left + 64, y), name, "black", self.font, anchor="lm")
@@ -714,7 +735,7 @@ class Plot:
 
 
 def plot_lines(curves: dict[str, list[float]], x_label: str, y_label: str) -> Image.Image:
-    """Curves over 1, 2, 3... as a figure; the y axis is logarithmic when positive values span two decades."""
+    """Curves over 1, 2, 3... as a figure, with a logarithmic y axis if they span two decades."""
     low, high = min(map(min, curves.values())), max(map(max, curves.values()))
     log_y = low > 0 and high / low > 100
     margin = 0.05 * (high - low) or 0.5
@@ -730,27 +751,29 @@ def plot_lines(curves: dict[str, list[float]], x_label: str, y_label: str) -> Im
     return plot.finish()
 
 
-# --------------------------------------------------------------------------------------------------- a run's folder
+# ----------------------------------------------------------------------------------- a run's folder
 
 
 def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
-    """The checkpoint of a run's folder; runs no code from it. UserError when absent, damaged or of another script."""
+    """A run's checkpoint; runs no code from it. UserError if absent, damaged or of another script."""
     path = Path(out_dir, "checkpoint.pt")
     if not path.is_file():
-        raise UserError(f"{path}: there is no checkpoint: train first, or name the run's folder with --out-dir")
+        way_out = "train first, or name the run's folder with --out-dir"
+        raise UserError(f"{path}: there is no checkpoint: {way_out}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of a foreign file's bytes: one line is enough
+            warnings.simplefilter("ignore")  # of a foreign file's bytes
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes lead to
-        why = type(error).__name__
-        raise UserError(f"{path} is damaged or no checkpoint of ours, and was not loaded ({why})") from error
-    parts = dict(format=int, script=str, options=dict, epoch=int, networks=dict, optimizers=dict, history=list)
-    types = {name: type(part) for name, part in checkpoint.items()} if isinstance(checkpoint, dict) else {}
-    if types != parts or checkpoint["format"] != CHECKPOINT_FORMAT:
+        why = f"damaged or no checkpoint of ours, and was not loaded ({type(error).__name__})"
+        raise UserError(f"{path} is {why}") from error
+    parts = dict(format=int, script=str, options=dict, epoch=int, networks=dict, optimizers=dict)
+    types = {k: type(v) for k, v in checkpoint.items()} if isinstance(checkpoint, dict) else {}
+    if types != parts | dict(history=list) or checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is no checkpoint of this version: train anew")
-    if script is not None and checkpoint["script"] != script:
-        raise UserError(f"{path} was written by {checkpoint['script']}.py: sample and resume it with that script")
+    own = checkpoint["script"]
+    if script is not None and own != script:
+        raise UserError(f"{path} was written by {own}.py: sample and resume it with that script")
     return checkpoint
 
 
@@ -761,36 +784,39 @@ def restore(parts: dict, states: dict) -> None:
             part.load_state_dict(states[name])
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         line = str(error).strip().splitlines()[0]
-        raise UserError(f"the checkpoint does not fit this version's networks ({line}): train anew") from error
+        why = f"does not fit this version's networks ({line})"
+        raise UserError(f"the checkpoint {why}: train anew") from error
 
 
 class Run:
-    """The record that a training leaves in its folder: log, curves, pictures, checkpoint, animation; progress line."""
+    """The record of a training, in its folder: log, curves, pictures, checkpoint, animation."""
 
     def __init__(self, args: argparse.Namespace, data: Data):
         self.args, self.folder, count = args, Path(args.out_dir), len(data.images)
         self.history = list(args.checkpoint["history"]) if args.checkpoint else []
         self.steps, self.losses, self.displayed = count // args.batch_size, [], False
-        self.saved, self.saved_at = len(self.history), -math.inf  # the last epoch that was saved, and when
+        self.saved, self.saved_at = len(self.history), -math.inf  # the last saved epoch, and when
         if self.saved > args.epochs:
             raise UserError(f"the run has {self.saved} epochs already, --epochs asks for {args.epochs}")
+        batch, most = f"--batch-size {args.batch_size}", count // processes() * processes()
         if count < args.batch_size:
-            way_out = f"give --batch-size {count // processes() * processes()} or less"
-            raise UserError(f"--batch-size {args.batch_size} is larger than the data: {count:,} images: {way_out}")
+            size = f"{count:,} images: give --batch-size {most} or less"
+            raise UserError(f"{batch} is larger than the data: {size}")
         if args.batch_size % processes():
-            raise UserError(f"--batch-size {args.batch_size} can't be shared evenly by {processes()} processes")
+            raise UserError(f"{batch} can't be shared evenly by {processes()} processes")
         if rank() == 0:
             self.open_folder(data.images)
         self.started = self.shown = time.perf_counter()
 
     def open_folder(self, images: Tensor) -> None:
-        """Move a run that is in the way aside, clear what a kill left behind, and draw the real images."""
+        """Move a run in the way aside, clear what a kill left half written, and draw real images."""
         args, folder = self.args, self.folder
         if args.checkpoint is None and (folder / "checkpoint.pt").exists():
-            names = (f"{folder.name}-{i}" for i in itertools.count(1))  # a new run never overwrites another
+            names = (f"{folder.name}-{i}" for i in itertools.count(1))
             aside = next(path for path in map(folder.with_name, names) if not path.exists())
             folder.rename(aside)
-            show_line(f"{args.script}: the run that was in {folder} is now {aside}; --resume would have continued it")
+            earlier = f"the run that was in {folder} is now {aside}"
+            show_line(f"{args.script}: {earlier}; --resume would have continued it")
         for leftover in (*folder.glob(".*.tmp"), *folder.glob("samples/.*.tmp")):
             leftover.unlink(missing_ok=True)
         size = f"{len(images):,} images, {self.steps} steps an epoch"
@@ -798,7 +824,7 @@ class Run:
         write_picture(folder / "real.png", grid(to_unit(images[:64].cpu())))
 
     def log(self, losses: dict[str, Tensor]) -> None:
-        """Keep a step's losses, without waiting for the device. Names carry units: "generator loss [nats]"."""
+        """Keep a step's losses, without waiting for the device. Names carry units: "loss [nats]"."""
         self.names = list(losses)
         self.losses.append(torch.stack([loss.detach() for loss in losses.values()]))
         now = time.perf_counter()
@@ -810,158 +836,160 @@ class Run:
         """The progress line, within an epoch or at its end."""
         epoch, total, done = len(self.history) + 1, self.args.epochs, len(self.losses)
         seconds = time.perf_counter() - self.started
-        whole = seconds * self.steps / done  # this epoch's seconds
-        per_epoch = self.history[-1]["seconds"] if self.history else whole
-        left = clock(per_epoch * (total - epoch) + whole - seconds)
-        shown = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in figures.items())
+        whole = seconds * self.steps / done  # of this epoch
+        each = self.history[-1]["seconds"] if self.history else whole
+        left = clock(each * (total - epoch) + whole - seconds)
+        shown = "  ".join(f"{k.partition(' [')[0]} {v:.4g}" for k, v in figures.items())
         rate = f"{done * self.args.batch_size / seconds:,.0f} images/s"
         show_line(f"epoch {epoch:>{len(str(total))}}/{total}  {shown}  {rate}  {left} left", end)
 
     def end_epoch(self, figures: dict[str, float] | None = None) -> None:
-        """Keep the epoch's mean losses and more `figures`, such as test losses. UserError if a loss is not finite."""
+        """Keep the epoch's mean losses and more `figures`. UserError if a loss is not finite."""
         figures, epoch = figures or {}, len(self.history) + 1
         losses = torch.stack(self.losses).float()
-        if dist.is_initialized():  # where one process has a loss that is not finite, all of them find it and end
+        if dist.is_initialized():  # so that all processes find a loss that is not finite in one
             dist.all_reduce(losses)
             losses /= processes()
         losses = losses.cpu().double()
         for step, column in (~losses.isfinite()).nonzero().tolist():
-            self.fail(f"{self.names[column]} is {losses[step, column]:g} in epoch {epoch}, step {step + 1}")
+            what = f"{self.names[column]} is {losses[step, column]:g}"
+            self.fail(f"{what} in epoch {epoch}, step {step + 1}")
         means = dict(zip(self.names, losses.mean(0).tolist()))
         seconds = time.perf_counter() - self.started
         rate = len(losses) * self.args.batch_size / seconds
-        self.show(means | {name: value for name, value in figures.items() if name.startswith("test loss")})
+        self.show(means | {k: v for k, v in figures.items() if k.startswith("test loss")})
         times = {"seconds": round(seconds, 3), "images per second": round(rate, 1)}
         self.history.append({"epoch": epoch, **means, **figures, **times})
         self.losses = []
 
     def fail(self, fault: str) -> NoReturn:
-        kept = f"the checkpoint of epoch {self.saved} is kept" if self.saved else "no checkpoint was written"
+        kept = "no checkpoint was written"
+        if self.saved:
+            kept = f"the checkpoint of epoch {self.saved} is kept"
         raise UserError(f"{fault}: {kept}; a lower --lr may help")
 
     def save_samples(self, images: Tensor) -> None:
-        """The epoch's picture of the fixed latents, (N, C, H, W) in [0, 1]; in a notebook it is shown in line."""
+        """The epoch's picture of the fixed latents, (N, C, H, W) in [0, 1]; a notebook shows it."""
         picture = to_picture(grid(images))
         self.save_picture(f"samples/epoch-{len(self.history):04}.png", picture)
         show_in_notebook(picture, display_id=f"samples {id(self)}", update=self.displayed)
         self.displayed = True
 
     def save_picture(self, name: str, image: Tensor | Image.Image) -> None:
-        """A picture of the model's own in the run's folder: float (C, H, W) in [0, 1] or a Pillow image."""
+        """A picture of the model's own: float (C, H, W) in [0, 1] or a Pillow image."""
         if rank() == 0:
             write_picture(self.folder / name, image)
 
-    def save(self, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> None:
-        """Write log, curves and checkpoint, unless that was done in the last ten seconds and another epoch follows.
+    def save(self, networks: dict[str, nn.Module], optimizers: dict) -> None:
+        """Write log, curves and checkpoint, if this is the last epoch or ten seconds have passed.
 
-        The checkpoint comes last: it is what a resumed run believes. It holds tensors, numbers and strings alone, so
-        that it loads without running code. UserError, and nothing is written, if a weight is not finite.
+        The checkpoint comes last: it is what a resumed run believes. It holds tensors, numbers and
+        strings alone, so that it loads without running code. UserError if a weight is not finite.
         """
         epoch = len(self.history)
         if epoch == self.args.epochs or time.perf_counter() - self.saved_at > SAVE_SECONDS:
-            for name, network in networks.items():
-                if not torch.stack([tensor.isfinite().all() for tensor in network.state_dict().values()]).all():
+            parts = dict(networks=networks, optimizers=optimizers)
+            states = {kind: {k: v.state_dict() for k, v in part.items()} for kind, part in parts.items()}
+            for name, state in states["networks"].items():
+                if not all(tensor.isfinite().all() for tensor in state.values()):
                     self.fail(f"the {name} has weights that are not finite after epoch {epoch}")
             if rank() == 0:
-                self.write(networks, optimizers)
+                self.write_log()
+                own = dict(script=self.args.script, options=run_options(self.args), epoch=epoch)
+                buffer = io.BytesIO()  # torch.save's own file errors hide the reason
+                torch.save(dict(format=CHECKPOINT_FORMAT, **own, **states, history=self.history), buffer)
+                with replacing(self.folder / "checkpoint.pt") as temporary:
+                    temporary.write_bytes(buffer.getbuffer())
             self.saved, self.saved_at = epoch, time.perf_counter()
         self.started = time.perf_counter()
 
-    def write(self, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> None:
-        with replacing(self.folder / "log.csv") as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.history[-1]))
+    def write_log(self) -> None:
+        path, rows = self.folder / "log.csv", self.history
+        with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[-1]))
             writer.writeheader()
-            writer.writerows(self.history)
-        _, *names, _, _ = self.history[-1]  # without the epoch and the times
-        curves = {name: [row[name] for row in self.history] for name in names}
+            writer.writerows(rows)
+        _, *names, _, _ = rows[-1]  # without the epoch and the times
+        curves = {name: [row[name] for row in rows] for name in names}
         write_picture(self.folder / "losses.png", plot_lines(curves, "epoch", "loss"))
-        checkpoint = dict(
-            format=CHECKPOINT_FORMAT,
-            script=self.args.script,
-            options=run_options(self.args),
-            epoch=len(self.history),
-            networks={name: network.state_dict() for name, network in networks.items()},
-            optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-            history=self.history,
-        )
-        buffer = io.BytesIO()  # torch.save into memory first: its own file errors hide the reason
-        torch.save(checkpoint, buffer)
-        with replacing(self.folder / "checkpoint.pt") as temporary:
-            temporary.write_bytes(buffer.getbuffer())
 
     def finish(self) -> None:
-        """The figure at a quarter, half, three quarters and all of the epochs, the animation, and the last line."""
+        """The four-panel figure, the animation, and the last line."""
         if rank() > 0:
             return
         total = self.args.epochs
         quarters = {max(1, round(total * part / 4)) for part in (1, 2, 3, 4)}
         moments = {1 + round(i * (total - 1) / 39) for i in range(40)}
-        paths = {epoch: self.folder / f"samples/epoch-{epoch:04}.png" for epoch in sorted(quarters | moments)}
+        paths = {i: self.folder / f"samples/epoch-{i:04}.png" for i in sorted(quarters | moments)}
         pictures = {epoch: Image.open(path) for epoch, path in paths.items() if path.exists()}
-        panels = [(f"Epoch {epoch}", picture) for epoch, picture in pictures.items() if epoch in quarters]
-        frames = [picture for epoch, picture in pictures.items() if epoch in moments]
+        panels = [(f"Epoch {epoch}", pictures[epoch]) for epoch in pictures if epoch in quarters]
+        frames = [pictures[epoch] for epoch in pictures if epoch in moments]
+        figure = self.folder / "progress.png"
         if panels and frames:
-            write_picture(self.folder / "progress.png", label_panels(panels))
+            write_picture(figure, label_panels(panels))
             write_gif(self.folder / "progress.gif", frames)
-        show_line(f"{self.args.script}: done, pictures in {self.folder}: look at {self.folder / 'progress.png'}")
+        show_line(f"{self.args.script}: done, pictures in {self.folder}: look at {figure}")
 
 
-# --------------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
 class Sampler(NamedTuple):
     """What a trained model offers to anyone who knows nothing about it."""
 
     latent_size: int
-    generate: Callable  # (latents (N, latent_size), labels (N,) or None) -> images float32 (N, C, H, W) in [0, 1]
+    # (latents (N, latent_size), labels (N,) or None) -> images float32 (N, C, H, W) in [0, 1]
+    generate: Callable
     parameters: int  # weights of all networks
     classes: int = 0  # labels that `generate` takes; 0 for an unconditional model
-    # (images uint8 (N, C, H, W), samples=500) -> bounds on the likelihood by name, in nats; None where there is none
+    # (images uint8 (N, C, H, W), samples=500) -> bounds on log p(x) by name, in nats, if there are any
     evaluate: Callable | None = None
 
 
 def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = None) -> Iterator:
-    """`count` samples in chunks: uint8 (n, C, H, W) on the CPU and their labels (n,) or None. Classes come in turn."""
+    """`count` samples in chunks: uint8 (n, C, H, W) on the CPU; labels (n,), in turn, or None."""
     generator = torch.Generator().manual_seed(seed)
     for numbers in torch.arange(count).split(500):
-        latents = torch.randn(500, sampler.latent_size, generator=generator)[: len(numbers)].to(device)
+        latents = torch.randn(500, sampler.latent_size, generator=generator)
+        latents = latents[: len(numbers)].to(device)
         labels = None
         if sampler.classes:
             labels = numbers % sampler.classes if label is None else torch.full_like(numbers, label)
-        images = sampler.generate(latents, labels.to(device) if labels is not None else None)
+        images = sampler.generate(latents, None if labels is None else labels.to(device))
         yield to_bytes(images), labels
 
 
 def sample(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> None:
-    """--sample N --to PATH: a grid for a name that ends in .png, else a folder with one PNG an image."""
-    target = Path(args.to or Path(args.out_dir, "sample.png"))
-    if target.suffix.lower() in (".jpg", ".jpeg", ".gif", ".webp", ".bmp"):
-        raise UserError(f"--to {target}: a grid is written as PNG: give a name that ends in .png, or a folder")
+    """--sample N --to PATH: a grid if its name ends in .png, else a folder with a PNG an image."""
+    target, count = Path(args.to or Path(args.out_dir, "sample.png")), args.sample
     as_grid = target.suffix.lower() == ".png"
-    if as_grid and args.sample > 10_000:
-        raise UserError("a grid shows at most 10,000 images: --to FOLDER writes any number")
-    if target.is_dir() if as_grid else target.exists() and not target.is_dir():  # told before any work is done
+    if target.suffix.lower() in (".jpg", ".jpeg", ".gif", ".webp", ".bmp"):
+        raise UserError(f"--to {target}: a grid is a PNG: give a name that ends in .png, or a folder")
+    if target.exists() and target.is_dir() == as_grid:
         raise UserError(f"--to {target}: there is a {'folder' if as_grid else 'file'} of that name")
-    chunks = draw(sampler, args.sample, args.seed, device, getattr(args, "label", None))
+    if as_grid and count > 10_000:
+        raise UserError("a grid shows at most 10,000 images: --to FOLDER writes any number")
+    chunks = draw(sampler, count, args.seed, device, getattr(args, "label", None))
     if as_grid:
-        images = torch.cat([images for images, _ in chunks])
-        picture = to_picture(grid(to_unit(images), columns=min(math.ceil(math.sqrt(args.sample)), 100)))
+        images = to_unit(torch.cat([images for images, _ in chunks]))
+        picture = to_picture(grid(images, columns=math.ceil(math.sqrt(count))))
         write_picture(target, picture)
         show_in_notebook(picture)
     else:
-        write_folder(target, chunks, args.sample)
-    show_line(f"{args.script}: {args.sample:,} images in {target}")
+        write_folder(target, chunks, count)
+    show_line(f"{args.script}: {count:,} images in {target}")
 
 
 def write_folder(folder: Path, chunks: Iterator, count: int) -> None:
     """One PNG an image, 00000.png and on; labelled images in a sub-folder a class."""
-    written, progress, digits = 0, Progress(count, "images"), max(5, len(str(count - 1)))
-    others = {path.name for path in folder.rglob("*.png")} - {f"{i:0{digits}}.png" for i in range(count)}
-    if others:
-        raise UserError(f"--to {folder} holds other images, such as {min(others)}: they would mix with the samples")
+    names = [f"{i:0{max(5, len(str(count - 1)))}}.png" for i in range(count)]
+    if others := {path.name for path in folder.rglob("*.png")} - set(names):
+        why = "they would mix with the samples"
+        raise UserError(f"--to {folder} holds other images, such as {min(others)}: {why}")
+    written, progress = 0, Progress(count, "images")
     for images, labels in chunks:
         for i, image in enumerate(images):
             place = folder if labels is None else folder / str(int(labels[i]))
-            write_picture(place / f"{written:0{digits}}.png", to_unit(image))
+            write_picture(place / names[written], to_unit(image))
             written += 1
         progress.update(written)
