@@ -1,8 +1,10 @@
-"""What all tests share: real data where DATA_DIR points to it, tiny data otherwise, scripts run as by a user."""
+"""What all tests share: tiny data, the nine trainings in small, scripts run as by a user."""
 
 import functools
+import importlib
 import multiprocessing
 import os
+import random
 import runpy
 import sys
 import tempfile
@@ -11,60 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import common
+import dcgan
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = ("gan", "dcgan", "vae", "cvaegan")
+CPU = torch.device("cpu")
+FP32, BF16 = (torch.autocast("cpu", torch.bfloat16, enabled=enabled) for enabled in (False, True))
 torch.set_num_threads(1)  # tiny work: more threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-class Script:
-    """`python SCRIPT.py options...` in a folder, as a user runs it, but forked from a process that has imported torch.
-
-    That saves some seconds a start. `out` and `err` are what it has printed so far. No file, these two included, can
-    grow beyond `file_limit` bytes, as on a full disk.
-    """
-
-    def __init__(self, script: str | Path, *options, cwd: Path, environment: dict | None = None, file_limit: int = -1):
-        forks = multiprocessing.get_context("forkserver")
-        forks.set_forkserver_preload(["torch._dynamo", "torchvision", "tests.conftest"])
-        self.files = [tempfile.NamedTemporaryFile() for _ in range(2)]
-        words, names = [str(ROOT / f"{script}.py"), *map(str, options)], [file.name for file in self.files]
-        self.process = forks.Process(target=run_forked, args=(words, cwd, environment or {}, file_limit, names))
-        self.process.start()
-
-    @property
-    def out(self) -> str:
-        return Path(self.files[0].name).read_text()
-
-    @property
-    def err(self) -> str:
-        return Path(self.files[1].name).read_text()
-
-    def wait_for(self, text: str) -> None:
-        while text not in self.out:
-            assert self.process.is_alive(), self.err
-            time.sleep(0.01)
-
-    def finish(self) -> int:
-        """Wait for the end: the exit status, minus the signal's number if it was killed."""
-        self.process.join(120)
-        assert self.process.exitcode is not None, "still running after two minutes"
-        return self.process.exitcode
-
-
-def run_forked(words: list[str], cwd: Path, environment: dict, file_limit: int, output: list[str]) -> None:
-    import resource
-
-    os.environ |= environment
-    os.chdir(cwd)
-    for number, name in enumerate(output, start=1):
-        os.dup2(os.open(name, os.O_WRONLY), number)
-    if file_limit >= 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+# -------------------------------------------------------------------------------------------------------------- data
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,6 +57,65 @@ def write_idx(folder: Path, count: int = 40) -> Path:
     return folder
 
 
+def make_folder(folder: Path, count: int = 48) -> Path:
+    """A folder of small pictures of two colours."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        chance = random.Random(i)
+        image = Image.new("RGB", (40, 36), tuple(chance.randrange(256) for _ in range(3)))
+        image.paste(tuple(chance.randrange(256) for _ in range(3)), (5, 5, 20 + i % 15, 25))
+        image.save(folder / f"{i:03}.png")
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------- trainings
+
+TRAININGS = {  # all that the reports train, in small: two epochs of two steps
+    "gan-guo": "--preset guo --data-dir tiny --batch-size 20",
+    "gan-banerjee": "--preset banerjee --data-dir tiny --batch-size 20",
+    "dcgan-guo": "--preset guo --data-dir tiny --batch-size 20",
+    "dcgan-banerjee": "--preset banerjee --data-dir tiny --batch-size 20",
+    "dcgan-faces": "--dataset faces --image-size 32 --augment full --ema 0.9 --batch-size 20 --data-dir .",
+    "vae-guo": "--preset guo --data-dir tiny --batch-size 20",
+    "vae-banerjee-linear": "--preset banerjee-linear --data-dir tiny --batch-size 20",
+    "vae-banerjee-conv": "--preset banerjee-conv --data-dir tiny --batch-size 20",
+    "cvaegan-guo": "--data-dir tiny --batch-size 20",
+}
+ONE_OF_EACH = ("gan-guo", "dcgan-faces", "vae-guo", "cvaegan-guo")
+
+
+class Trainings:
+    """Runs of TRAININGS in this process, on data in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.runs = folder, {}
+        write_idx(folder / "tiny", 40)
+        make_folder(folder / "faces")
+
+    def main(self, name: str, *options) -> None:
+        """The training's script with these options, run in the folder of the data."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setitem(dcgan.PRESETS["guo"], "features", 8)
+            patch.setitem(dcgan.PRESETS["guo"]["folder"], "features", 8)
+            importlib.import_module(name.split("-")[0]).main([str(option) for option in options])
+
+    def train(self, name: str, out_dir: Path, *more) -> None:
+        self.main(name, *TRAININGS[name].split(), "--epochs", 2, "--out-dir", out_dir, *more)
+
+    def finished(self, name: str) -> Path:
+        """The folder of a finished run that was never stopped, for reading only."""
+        if name not in self.runs:
+            self.runs[name] = self.folder / "finished" / name
+            self.train(name, self.runs[name])
+        return self.runs[name]
+
+
+@pytest.fixture(scope="session")
+def trainings(tmp_path_factory) -> Trainings:
+    return Trainings(tmp_path_factory.mktemp("trainings"))
+
+
 def tensors_of(checkpoint: dict) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint by their path in it."""
     found = {}
@@ -114,15 +135,86 @@ def tensors_of(checkpoint: dict) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Two run folders agree bit for bit: every tensor, every row of the log but its times, every picture."""
+    """Two run folders agree bit for bit: options, every tensor, every row of the log but its times, every picture."""
     first, second = common.load_checkpoint(one), common.load_checkpoint(other)
-    assert first["epoch"] == second["epoch"]
+    assert (first["epoch"], first["options"]) == (second["epoch"], second["options"])
     left, right = tensors_of(first), tensors_of(second)
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
     times = ("seconds", "images per second")
     rows = [[{k: v for k, v in row.items() if k not in times} for row in c["history"]] for c in (first, second)]
     assert rows[0] == rows[1]
-    pictures = sorted(path.relative_to(one) for path in one.rglob("*.png") if path.name != "losses.png")
-    assert pictures == sorted(path.relative_to(other) for path in other.rglob("*.png") if path.name != "losses.png")
-    assert [str(p) for p in pictures if (one / p).read_bytes() != (other / p).read_bytes()] == []
+    pictures = [
+        {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*.*") if path.suffix in (".png", ".gif")}
+        for run in (one, other)
+    ]
+    assert pictures[0].keys() == pictures[1].keys()
+    assert [name for name in pictures[0] if pictures[0][name] != pictures[1][name]] == []
+
+
+# ----------------------------------------------------------------------------------------------------------- scripts
+
+
+@pytest.fixture
+def refusal(capfd):
+    """A function that runs a script and returns the one line that it must end with, with status 2."""
+
+    def run(script: str, *options) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(script).main([str(option) for option in options])
+        error = capfd.readouterr().err
+        assert stop.value.code == 2, error
+        assert error.startswith(f"{script}.py: error: ") and error.count("\n") == 1, error
+        return error
+
+    return run
+
+
+class Script:
+    """`python SCRIPT.py options...` in a folder, as a user runs it, but forked from a process that has imported torch.
+
+    That saves some seconds a start. `out` and `err` are what it has printed so far. The process leads a group, as one
+    that was started at a terminal.
+    """
+
+    def __init__(self, script: str | Path, *options, cwd: Path, environment: dict | None = None):
+        forks = multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload(["torch._dynamo", "torchvision", "tests.conftest"])
+        self.files = [tempfile.NamedTemporaryFile() for _ in range(2)]
+        words, names = [str(ROOT / f"{script}.py"), *map(str, options)], [file.name for file in self.files]
+        self.process = forks.Process(target=run_forked, args=(words, cwd, environment or {}, names))
+        self.process.start()
+
+    @property
+    def out(self) -> str:
+        return Path(self.files[0].name).read_text()
+
+    @property
+    def err(self) -> str:
+        return Path(self.files[1].name).read_text()
+
+    def wait_for(self, text: str) -> None:
+        while text not in self.out:
+            assert self.process.is_alive(), self.err
+            time.sleep(0.01)
+
+    def interrupt(self, number: int) -> None:
+        """Send a signal to the process and those that it started, as a terminal does."""
+        os.killpg(self.process.pid, number)
+
+    def finish(self) -> int:
+        """Wait for the end: the exit status, minus the signal's number if it was killed."""
+        self.process.join(120)
+        assert self.process.exitcode is not None, "still running after two minutes"
+        return self.process.exitcode
+
+
+def run_forked(words: list[str], cwd: Path, environment: dict, output: list[str]) -> None:
+    os.setpgid(0, 0)
+    os.environ |= environment
+    os.chdir(cwd)
+    for number, name in enumerate(output, start=1):
+        os.dup2(os.open(name, os.O_WRONLY), number)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")

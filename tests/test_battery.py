@@ -1,7 +1,9 @@
-"""What goes wrong for people, and the promise each script keeps: one line, nothing lost, the same bits in the end."""
+"""The promises that each script keeps: the same bits whatever stops a run, whole files, one line, nothing lost."""
 
+import contextlib
 import gc
 import importlib
+import itertools
 import os
 import random
 import resource
@@ -15,292 +17,238 @@ import torch
 from PIL import Image
 
 import common
-from tests.conftest import Script, assert_same_run, write_idx
-from tests.test_common import checkpoint_file, fake_run
+import dcgan
+import gan
+from tests.conftest import ONE_OF_EACH, SCRIPTS, TRAININGS, Script, assert_same_run, make_folder, write_idx
+from tests.test_common import FakeTraining
 
-SCRIPTS = ("gan", "dcgan", "vae", "cvaegan")
-SHORT = {  # a run of a second or two
-    "gan": "--data-dir tiny --epochs 4 --batch-size 50",
-    "vae": "--data-dir tiny --epochs 4 --batch-size 50",
-    "dcgan": "--dataset ./faces --image-size 32 --epochs 3 --batch-size 16",
-    "cvaegan": "--data-dir tiny --epochs 3 --batch-size 100",
-}
+# ------------------------------------------------------------------------------------------------- in this process
 
 
-def prepare_data(folder: Path) -> None:
-    """What the short runs train on: a tiny MNIST and a folder of small pictures."""
-    write_idx(folder / "tiny", 300)
-    make_folder(folder / "faces")
+@pytest.mark.parametrize("name", TRAININGS)
+def test_stopped_and_resumed_is_the_unbroken_run(name, trainings, tmp_path):
+    """Every training: half of it, then the rest; its samples; and another seed, which gives another run."""
+    unbroken, run = trainings.finished(name), tmp_path / "run"
+    trainings.train(name, run, "--epochs", 1)
+    assert (run / "progress.gif").exists() and (run / "progress.png").exists()  # for the epochs so far
+    trainings.main(name, "--out-dir", run, "--resume", "--epochs", 2)
+    assert_same_run(unbroken, run)
+    checkpoint = common.load_checkpoint(run)
+    assert len((run / "log.csv").read_text().splitlines()) == 3
+
+    for folder, seed, to in ((unbroken, 5, "a"), (run, 5, "b"), (run, 6, "c")):
+        trainings.main(name, "--out-dir", folder, "--sample", 12, "--seed", seed, "--to", tmp_path / f"{to}.png")
+    a, b, c = ((tmp_path / f"{to}.png").read_bytes() for to in "abc")
+    assert a == b != c
+
+    trainings.train(name, tmp_path / "other", "--epochs", 1, "--seed", 7)
+    other, generator = common.load_checkpoint(tmp_path / "other")["networks"], list(checkpoint["networks"])[0]
+    weights = checkpoint["networks"][generator]
+    assert any(not torch.equal(weights[key], other[generator][key]) for key in weights)
+
+    (run / "progress.png").unlink()
+    trainings.main(name, "--out-dir", run, "--resume")  # nothing left to train: the last pictures are made again
+    torch.save(common.load_checkpoint(run), run / "checkpoint.pt")  # saving what was loaded is the identity
+    assert_same_run(unbroken, run)
 
 
-def make_folder(folder: Path, count: int = 48) -> Path:
-    folder.mkdir(parents=True)
-    for i in range(count):
-        chance = random.Random(i)
-        image = Image.new("RGB", (40, 36), tuple(chance.randrange(256) for _ in range(3)))
-        image.paste(tuple(chance.randrange(256) for _ in range(3)), (5, 5, 20 + i % 15, 25))
-        image.save(folder / f"{i:03}.png")
-    return folder
+def assert_whole(folder: Path) -> None:
+    """No file is half written: every picture can be read, and the checkpoint too if there is one."""
+    assert not [path for path in folder.rglob(".*") if path.name.endswith(".tmp")]
+    for path in folder.rglob("*.*"):
+        if path.suffix in (".png", ".gif"):
+            Image.open(path).load()
+    if (folder / "checkpoint.pt").exists():
+        assert len((folder / "log.csv").read_text().splitlines()) > common.load_checkpoint(folder)["epoch"]
 
 
-def snapshot(folder: Path) -> dict:
-    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+@pytest.mark.parametrize("name", [ONE_OF_EACH[0], *(pytest.param(n, marks=pytest.mark.full) for n in ONE_OF_EACH[1:])])
+@pytest.mark.parametrize(("owner", "function"), [(os, "replace"), (common.Run, "log"), (common.Run, "end_epoch")])
+def test_interrupted_at_any_file_or_step_it_goes_on_as_if_nothing_were(
+    owner, function, name, trainings, tmp_path, monkeypatch, capfd
+):
+    """Ctrl-C at the first call of a function, the second and so on: whole files, 130, one line, then the same run."""
+    monkeypatch.setattr(common, "SAVE_SECONDS", -1)  # save after every epoch
+    real, run, whole = getattr(owner, function), tmp_path / "run", tmp_path / "whole"
+    trainings.train(name, whole)
+    for moment in itertools.count(1):
+        calls = itertools.count(1)
+
+        def interrupt(*args, calls=calls, moment=moment):
+            if next(calls) == moment:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, function, interrupt)
+            try:
+                trainings.train(name, run)
+            except SystemExit as stop:
+                assert stop.code == 130
+            else:
+                break  # all moments were tried
+        error = capfd.readouterr().err
+        assert error.startswith(f"{name.split('-')[0]}.py: interrupted: ") and "--resume" in error
+        assert error.count("\n") == 1, error
+        assert_whole(run)
+        resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
+        trainings.train(name, run, *resume)
+        assert_same_run(whole, run)
+        shutil.rmtree(run)
+    assert moment > 2
 
 
-def put(name: str, text: str | bytes = "in the way"):
-    return lambda: Path(name).write_bytes(text.encode() if isinstance(text, str) else text)
-
-
-def put_checkpoint(kind: str):
-    return lambda: checkpoint_file(Path.cwd(), kind)
-
-
-def broken_images():
-    Path("broken").mkdir()
-    Path("broken/a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    Path("broken/b.jpg").touch()
-
-
-def bomb():
-    """A PNG of a few bytes that claims a hundred thousand pixels a side."""
-    import struct
-    import zlib
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    Path("bombs").mkdir()
-    png = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
-    )
-    Path("bombs/bomb.png").write_bytes(png)
-
-
-EVERY = {  # options for each script: what the line must say, and what has to be there first
-    "--epochs 0": ("--epochs", None),
-    "--epochs many": ("--epochs", None),
-    "--batch-size -3": ("--batch-size", None),
-    "--batch-size 10001 --dataset digits": ("10,000 images", None),
-    "--lr nan": ("--lr", None),
-    "--lr -0.1": ("--lr", None),
-    "--seed -1": ("--seed", None),
-    "--dataset nothing": ("nothing", None),
-    "--preset nobody": ("--preset", None),
-    "--device tpu": ("--device", None),
-    "--precision fp64": ("--precision", None),
-    "--sample 0": ("--sample", None),
-    "--sample 3": ("train first", None),
-    "--resume": ("train first", None),
-    "--resume --sample 3": ("one of them", None),
-    "--to somewhere": ("--sample", None),
-    "--no-such-option": ("--no-such-option", None),
-    "--dataset digits --out-dir file": ("file", put("file")),
-    "--dataset digits --out-dir file/below": ("file", put("file")),
-    "--dataset digits --out-dir /proc/nowhere": ("/proc/nowhere", None),
-    "--dataset mnist --data-dir file": ("file", put("file")),
-    "--resume --out-dir run": ("damaged", put_checkpoint("truncated")),
-    "--sample 3 --out-dir run": ("damaged", put_checkpoint("malicious")),
-}
-OWN = [
-    ("vae", "--beta -1", "--beta", None),
-    ("vae", "--beta nan", "--beta", None),
-    ("vae", "--evaluate", "train first", None),
-    ("dcgan", "--image-size 33 --dataset anime", "--image-size", None),
-    ("dcgan", "--ema 1.5", "--ema", None),
-    ("dcgan", "--augment everything", "--augment", None),
-    ("dcgan", "--dataset anime", "anime", None),
-    ("dcgan", "--dataset ./file", "file", put("file")),
-    ("dcgan", "--dataset ./empty", "empty", lambda: Path("empty").mkdir()),
-    ("dcgan", "--dataset ./broken", "broken", broken_images),
-    ("dcgan", "--dataset ./bombs", "bomb", bomb),
-    ("cvaegan", "--label 10", "--label", None),
-    ("cvaegan", "--label -1", "--label", None),
-    ("cvaegan", "--weights nobody", "--weights", None),
-]
-CASES = [(script, options, *rest) for script in SCRIPTS for options, rest in EVERY.items()] + OWN
-
-
-@pytest.mark.parametrize(("script", "options", "words", "prepare"), CASES, ids=[f"{c[0]} {c[1]}" for c in CASES])
-def test_a_mistake_gets_one_line_and_changes_nothing(script, options, words, prepare, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    if prepare:
-        prepare()
-    before = snapshot(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module(script).main(options.split())
-    error = capfd.readouterr().err
-    assert stop.value.code == 2, error
-    assert error.startswith(f"{script}.py: error: ") and error.count("\n") == 1 and words in error, error
-    assert snapshot(tmp_path) == before
-
-
-def test_there_are_at_least_sixty_cases():
-    assert len(CASES) >= 60
-
-
-@pytest.mark.parametrize("name", ["a b", "Größe", "two\nlines", "-dash", "\x1b[31mred"])
-def test_odd_names_work_or_get_one_line(name, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    gan = importlib.import_module("gan")
-    gan.main(["--dataset", "digits", "--epochs", "1", "--batch-size", "5000", f"--out-dir={name}"])
-    gan.main(["--sample", "4", f"--out-dir={name}"])
-    assert (tmp_path / name / "sample.png").exists()
-    capfd.readouterr()
-    with pytest.raises(SystemExit):
-        gan.main(["--dataset", "digits", f"--out-dir={name}/sample.png"])
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and "\x1b" not in error
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_batches_of_any_size_work_or_are_refused(script, tmp_path, monkeypatch, capfd):
-    """1, 2, a prime, just under and all of the data: training goes on, or one line says why not."""
-    monkeypatch.chdir(tmp_path)
-    module, few = importlib.import_module(script), 31
-    data = common.draw_digits()
-    monkeypatch.setattr(common, "load_data", lambda *_, **__: common.Data(data.images[:few], data.labels[:few]))
-    for size in (1, 2, 13, few - 1, few):
-        try:
-            module.main(["--dataset", "digits", "--epochs", "1", "--batch-size", str(size), "--out-dir", f"run-{size}"])
-        except SystemExit as stop:
-            error = capfd.readouterr().err
-            assert stop.code == 2 and size == 1 and "batch" in error and error.count("\n") == 1
-        else:
-            assert common.load_checkpoint(f"run-{size}")["epoch"] == 1
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_same_command_same_bits_and_seeds_count(script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    prepare_data(tmp_path)
-    module = importlib.import_module(script)
-    options = SHORT[script].split()
-    options[options.index("--epochs") + 1] = "1"
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        module.main([*options, "--out-dir", name, "--seed", str(seed)])
-        module.main(["--out-dir", name, "--sample", "9", "--seed", "5"])
-    assert_same_run(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(AssertionError):
-        assert_same_run(tmp_path / "a", tmp_path / "c")
-    module.main(["--out-dir", "a", "--sample", "9", "--seed", "6", "--to", "other.png"])
-    assert Path("other.png").read_bytes() != Path("a/sample.png").read_bytes()
-    checkpoint = common.load_checkpoint("a")
-    torch.save(checkpoint, "a/checkpoint.pt")
-    assert_same_run(tmp_path / "a", tmp_path / "b")  # saving what was loaded is the identity
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_divergence_keeps_the_last_finite_checkpoint(script, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_divergence_keeps_the_last_finite_checkpoint(name, trainings, tmp_path, refusal):
     """An absurd rate drives the losses to infinity: the run stops and names loss, epoch and step, or the weights."""
-    monkeypatch.chdir(tmp_path)
-    prepare_data(tmp_path)
-    options = SHORT[script].split()
-    module = importlib.import_module(script)
-    module.main([*options, "--out-dir", "run"])
-    checkpoint = common.load_checkpoint("run")
+    shutil.copytree(trainings.finished(name), tmp_path / "run")
+    file = tmp_path / "run/checkpoint.pt"
+    checkpoint = common.load_checkpoint(tmp_path / "run")
     for optimizer in checkpoint["optimizers"].values():
         optimizer["param_groups"][0]["lr"] = 1e30
-    torch.save(checkpoint, "run/checkpoint.pt")
-    kept = Path("run/checkpoint.pt").read_bytes()
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        module.main(["--out-dir", "run", "--resume", "--epochs", "20"])
-    error = capfd.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "is kept" in error, error
-    assert "step" in error or "weights" in error
-    after = common.load_checkpoint("run")
-    assert Path("run/checkpoint.pt").read_bytes() == kept or after["epoch"] > checkpoint["epoch"]
+    torch.save(checkpoint, file)
+    kept = file.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dcgan.PRESETS["guo"]["folder"], "features", 8)
+        error = refusal(name.split("-")[0], "--out-dir", tmp_path / "run", "--resume", "--epochs", 20)
+    assert "is kept" in error and ("step" in error or "weights" in error)
+    after = common.load_checkpoint(tmp_path / "run")
+    assert file.read_bytes() == kept or after["epoch"] > checkpoint["epoch"]
     for network in after["networks"].values():
         assert all(tensor.isfinite().all() for tensor in network.values())
 
 
-def kill_and_resume(script: str, kills: int, folder: Path) -> None:
-    """Kill a run at random moments and resume it until it ends: it is the run that was never stopped."""
-    prepare_data(folder)
-    started, options = time.monotonic(), SHORT[script].split()
-    assert Script(script, *options, "--out-dir", "unbroken", cwd=folder).finish() == 0
-    length, killed = time.monotonic() - started, folder / "killed"
-
-    def start() -> Script:
-        resume = ["--resume"] if (killed / "checkpoint.pt").exists() else []
-        return Script(script, *options, "--out-dir", "killed", *resume, cwd=folder)
-
-    while kills:
-        run = start()
-        run.process.join(random.uniform(0, 0.9) * length)
-        run.process.kill()
-        if run.finish() == -signal.SIGKILL:
-            kills -= 1
-        else:  # it was through before: once more, and sooner
-            shutil.rmtree(killed)
-            length *= 0.8
-    run = start()
-    assert run.finish() == 0, run.err
-    assert_same_run(folder / "unbroken", killed)
-    assert not list(killed.rglob("*.tmp"))
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_and_resumed_is_the_unbroken_run(script, tmp_path):
-    kill_and_resume(script, 2, tmp_path)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_thirty_times(script, tmp_path):
-    kill_and_resume(script, 30, tmp_path)
-
-
-@pytest.mark.parametrize(("script", "number"), [*((s, signal.SIGINT) for s in SCRIPTS), ("gan", signal.SIGTERM)])
-def test_interrupts_end_with_130_and_resume(script, number, tmp_path, monkeypatch):
-    prepare_data(tmp_path)
-    options = SHORT[script].split()
-    run = Script(script, *options, "--out-dir", "run", "--epochs", 500, cwd=tmp_path)
-    run.wait_for("2/500")
-    os.kill(run.process.pid, number)
-    assert run.finish() == 130 and run.err.count("\n") == 1, run.err
-    assert f"{script}.py: interrupted: python {script}.py --resume --out-dir run goes on after epoch" in run.err
-    epoch = common.load_checkpoint(tmp_path / "run")["epoch"]
-    assert epoch >= 1
-    if script != "gan":  # that a resumed run is the unbroken one is tested for all of them where they are killed
-        return
-    for sample in (tmp_path / "run/samples").iterdir():  # those of epochs that were drawn and not saved
-        if int(sample.stem.split("-")[1]) > epoch + 1:
-            sample.unlink()
+def test_batches_of_any_size_work_or_are_refused_with_the_size_to_give(script, tmp_path, monkeypatch, refusal):
+    """1, 2, a prime, just under and all of the data train; more than all, or one where batch norm is, do not."""
     monkeypatch.chdir(tmp_path)
-    for words in (["--out-dir", "run", "--resume"], ["--out-dir", "unbroken", *options]):
-        importlib.import_module(script).main([*words, "--epochs", str(epoch + 1)])
-    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+    module, few, data = importlib.import_module(script), 31, common.draw_digits(train=False)
+    monkeypatch.setattr(common, "load_data", lambda *_, **__: common.Data(data.images[:few], data.labels[:few]))
+    options = ["--dataset", "digits", "--epochs", "1", "--batch-size"]
+    for size in (1, 2, 13, few - 1, few):
+        if (script, size) == ("cvaegan", 1):
+            assert "batch norm needs two images" in refusal(script, *options, size)
+            continue
+        module.main([*options, str(size), "--out-dir", f"run-{size}"])
+        assert common.load_checkpoint(f"run-{size}")["epoch"] == 1
+    error = refusal(script, *options, few + 1)
+    assert "--batch-size 32 is larger than the data: 31 images: give --batch-size 31 or less" in error
+    assert len(list(tmp_path.iterdir())) < 6 and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("name", ["a b", "Größe", "two\nlines", "-dash", "\x1b[31mred"])
+def test_odd_names_work_or_get_one_line(name, trainings, tmp_path, monkeypatch, refusal):
+    monkeypatch.chdir(tmp_path)
+    options = ["--data-dir", str(trainings.folder / "tiny"), "--epochs", "1", "--batch-size", "20"]
+    gan.main([*options, f"--out-dir={name}"])
+    gan.main(["--sample", "4", f"--out-dir={name}"])
+    assert (tmp_path / name / "sample.png").exists()
+    assert "\x1b" not in refusal("gan", *options, f"--out-dir={name}/sample.png")
+
+
+@contextlib.contextmanager
+def full_disk(limit: int):
+    """No file can grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
-    ("limit", "script", "victim"),
-    [(100_000, "gan", "checkpoint.pt"), (4_000, "gan", "real.png"), (50_000, "dcgan", "faces")],
+    ("limit", "name", "victim"),
+    [(100_000, "gan-guo", "checkpoint.pt"), (4_000, "gan-guo", "real.png"), (50_000, "dcgan-faces", "faces")],
 )
-def test_a_full_disk_gets_one_line_and_leaves_whole_files(limit, script, victim, tmp_path):
-    prepare_data(tmp_path)
-    run = Script(script, *SHORT[script].split(), "--out-dir", "run", cwd=tmp_path, file_limit=limit)
-    assert run.finish() == 2 and run.err.count("\n") == 1, run.err
-    assert victim in run.err and "File too large" in run.err
-    assert not [path for path in tmp_path.rglob(".*") if path.name.endswith(".tmp")]
-    for picture in (tmp_path / "run").rglob("*.png"):
-        Image.open(picture).load()
-
-
-def test_a_full_disk_spares_the_checkpoint_that_was_there(tmp_path, monkeypatch):
+def test_a_full_disk_gets_one_line_and_leaves_whole_files(limit, name, victim, tmp_path, monkeypatch, refusal):
     monkeypatch.chdir(tmp_path)
-    prepare_data(tmp_path)
-    importlib.import_module("gan").main([*SHORT["gan"].split(), "--out-dir", "run"])
+    write_idx(tmp_path / "tiny")
+    make_folder(tmp_path / "faces")
+    with full_disk(limit):
+        error = refusal(name.split("-")[0], *TRAININGS[name].split(), "--out-dir", "run")
+    assert victim in error and "File too large" in error
+    assert_whole(tmp_path)
+    assert not list(tmp_path.glob("*.images"))
+
+
+def test_a_full_disk_spares_the_checkpoint_that_was_there(trainings, tmp_path, refusal):
+    shutil.copytree(trainings.finished("gan-guo"), tmp_path / "run")
     before = (tmp_path / "run/checkpoint.pt").read_bytes()
-    run = Script("gan", "--out-dir", "run", "--resume", "--epochs", 9, cwd=tmp_path, file_limit=100_000)
-    assert run.finish() == 2 and "checkpoint.pt" in run.err
-    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+    with full_disk(100_000):
+        error = refusal("gan", "--out-dir", tmp_path / "run", "--resume", "--epochs", 9)
+    assert "checkpoint.pt" in error and (tmp_path / "run/checkpoint.pt").read_bytes() == before
 
 
+def test_a_clock_that_runs_backwards_changes_nothing(trainings, tmp_path, monkeypatch):
+    backwards = iter(range(10**9, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: next(backwards))
+    trainings.train("gan-guo", tmp_path / "run")
+    assert_same_run(trainings.finished("gan-guo"), tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------- in processes of their own
+
+
+def start(name: str, folder: Path, *options) -> Script:
+    return Script(name.split("-")[0], *TRAININGS[name].split(), *options, cwd=folder)
+
+
+def kill_and_resume(name: str, numbers: list[int], folder: Path) -> None:
+    """Stop a run at random moments by these signals and resume it until it ends: it is the run that was not stopped."""
+    write_idx(folder / "tiny")
+    make_folder(folder / "faces")
+    unbroken, killed, started = folder / "unbroken", folder / "killed", time.monotonic()
+    assert start(name, folder, "--epochs", 10, "--out-dir", unbroken).finish() == 0
+    length = time.monotonic() - started
+
+    def go_on() -> Script:
+        resume = ["--resume"] if (killed / "checkpoint.pt").exists() else []
+        return start(name, folder, "--epochs", 10, "--out-dir", killed, *resume)
+
+    while numbers:
+        run = go_on()
+        run.wait_for("device")  # what comes before is Python's own
+        run.process.join(random.uniform(0, 0.9) * length)
+        with contextlib.suppress(ProcessLookupError):
+            run.interrupt(numbers[0])
+        status = run.finish()
+        if status == 0:  # it was through before: once more, and sooner
+            shutil.rmtree(killed)
+            length *= 0.8
+        elif numbers.pop(0) == signal.SIGKILL:
+            assert status == -signal.SIGKILL
+        else:
+            assert status == 130 and run.err.count("\n") == 1 and "interrupted" in run.err, run.err
+            assert_whole(killed)
+    run = go_on()
+    assert run.finish() == 0, run.err
+    assert_same_run(unbroken, killed)
+    assert not list(killed.rglob("*.tmp"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_killed_and_resumed_is_the_unbroken_run(name, tmp_path):
+    kill_and_resume(name, [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL], tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_killed_thirty_times(name, tmp_path):
+    kill_and_resume(name, [signal.SIGKILL, signal.SIGINT, signal.SIGTERM] * 10, tmp_path)
+
+
+@pytest.mark.full
+def test_two_runs_on_one_data_folder_at_once(tmp_path):
+    make_folder(tmp_path / "faces")
+    both = [start("dcgan-faces", tmp_path, "--epochs", 2, "--out-dir", name) for name in ("a", "b")]
+    assert [run.finish() for run in both] == [0, 0]
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.full
 def test_thousands_of_short_epochs_stay_flat(tmp_path):
     """Memory and open files do not grow, the log is complete, the animation stays small."""
 
@@ -311,36 +259,15 @@ def test_thousands_of_short_epochs_stay_flat(tmp_path):
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc")
     epochs = 1000
-    run, before = fake_run(tmp_path / "run", epochs=epochs), {}
-    for epoch in run.epochs():
-        for _ in run.batches():
-            run.record({"loss [nats]": torch.tensor(1.0)})
-        run.save_samples(torch.rand(4, 1, 28, 28))
+    training, before = FakeTraining(tmp_path / "run", epochs), {}
+    for epoch in range(1, epochs + 1):
+        training.run.save_samples(torch.rand(4, 1, 28, 28))
+        training.epoch({"loss [nats]": 1.0})
         if epoch in (200, epochs):
             before[epoch] = memory(), len(os.listdir("/proc/self/fd"))
-    run.finish()
+    training.run.finish()
     assert before[epochs][0] - before[200][0] < 30
     assert before[epochs][1] <= before[200][1]
     assert len((tmp_path / "run/log.csv").read_text().splitlines()) == epochs + 1
     assert (tmp_path / "run/progress.gif").stat().st_size < 4_000_000
     assert len(list((tmp_path / "run/samples").iterdir())) == epochs
-
-
-def test_a_clock_that_runs_backwards_changes_nothing(tmp_path, monkeypatch):
-    gan = importlib.import_module("gan")
-    monkeypatch.chdir(tmp_path)
-    prepare_data(tmp_path)
-    backwards = iter(range(10**9, 0, -1))
-    monkeypatch.setattr(time, "time", lambda: next(backwards))
-    for name in ("a", "b"):
-        gan.main([*SHORT["gan"].split(), "--out-dir", str(tmp_path / name)])
-    assert_same_run(tmp_path / "a", tmp_path / "b")
-
-
-def test_two_runs_on_one_data_folder_at_once(tmp_path):
-    prepare_data(tmp_path)
-    options = SHORT["dcgan"].split()
-    both = [Script("dcgan", *options, "--out-dir", name, cwd=tmp_path) for name in ("a", "b")]
-    assert [run.finish() for run in both] == [0, 0]
-    assert_same_run(tmp_path / "a", tmp_path / "b")
-    shutil.rmtree(tmp_path / "b")

@@ -1,4 +1,4 @@
-"""common.py: data, batches, seeds, files, pictures, the run's folder, checkpoints that must be refused."""
+"""common.py: options, data, batches, seeds, files, pictures, a run's record, checkpoints that must be refused."""
 
 import csv
 import io
@@ -21,14 +21,14 @@ from tests.conftest import ROOT, write_idx
 
 
 def test_digits_are_labelled_balanced_varied_and_always_the_same():
+    train, test = common.draw_digits(), common.draw_digits(train=False)
     started = time.process_time()
-    draw = common.draw_digits.__wrapped__  # the tests' own cache would make the second call idle
-    train, test = draw(), draw(train=False)
+    again = common.draw_digits.__wrapped__()  # past the tests' own cache
     assert time.process_time() - started < 5
     assert train.images.shape == (10_000, 1, 28, 28) and test.images.shape == (2_000, 1, 28, 28)
     assert train.images.dtype == torch.uint8
     assert train.labels.bincount().tolist() == [1000] * 10
-    assert torch.equal(draw().images, train.images)
+    assert torch.equal(again.images, train.images) and torch.equal(again.labels, train.labels)
     assert len({bytes(image.flatten().tolist()) for image in train.images[:1000]}) == 1000
     border = torch.cat([train.images[..., 0, :], train.images[..., -1, :]]).float().mean()
     assert border < 2  # digits stay inside their pictures
@@ -170,12 +170,23 @@ def test_ticks_are_round_and_few():
         assert 2 <= len(found) <= 8 and low - 1e-9 <= found[0] and found[-1] <= high * (1 + 1e-9) + 1e-9
 
 
-def fake_run(folder, epochs=3):
-    args = gan.parse_args(["--out-dir", str(folder), "--epochs", str(epochs), "--batch-size", "4"])
-    data = common.Data(torch.zeros(8, 1, 28, 28, dtype=torch.uint8), torch.zeros(8).long())
-    networks = {"generator": torch.nn.Linear(2, 2)}
-    optimizers = {"generator": common.adam(networks["generator"].parameters(), 0.1)}
-    return common.Run(args, common.Compute(torch.device("cpu"), "fp32"), data, networks, optimizers)
+class FakeTraining:
+    """A run's record, of eight black images and a network that nobody trains."""
+
+    def __init__(self, folder, epochs: int = 3, **changes):
+        args = gan.parse_args(["--out-dir", str(folder), "--epochs", str(epochs), "--batch-size", "4"])
+        vars(args).update(changes)
+        self.run = common.Run(args, common.Data(torch.zeros(8, 1, 28, 28, dtype=torch.uint8), torch.zeros(8).long()))
+        self.networks = {"generator": torch.nn.Linear(2, 2)}
+        self.optimizers = {"generator": common.adam(self.networks["generator"].parameters(), 0.1)}
+
+    def epoch(self, *losses: dict[str, float], **figures) -> None:
+        """An epoch of a step for each of the losses."""
+        for step in losses or [{"loss": 1.0}] * 2:
+            self.run.log({name: torch.tensor(loss) for name, loss in step.items()})
+        self.run.end_epoch(figures)
+        self.run.save_samples(torch.rand(4, 1, 28, 28))
+        self.run.save(self.networks, self.optimizers)
 
 
 def test_what_a_kill_left_half_written_is_cleared_and_nothing_else(tmp_path):
@@ -183,62 +194,67 @@ def test_what_a_kill_left_half_written_is_cleared_and_nothing_else(tmp_path):
     others = [tmp_path / "run/notes.tmp", tmp_path / "run/.hidden", tmp_path / "run/samples/epoch-0001.png"]
     for path in (*others, tmp_path / "run/.checkpoint.pt.7.tmp", tmp_path / "run/samples/.epoch-0002.png.7.tmp"):
         path.touch()
-    fake_run(tmp_path / "run")
+    FakeTraining(tmp_path / "run")
     left = {path for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert left == {*others, tmp_path / "run/real.png"}
 
 
 def test_any_losses_round_trip_through_the_log(tmp_path):
     chance = random.Random(1)
-    losses = [
-        [chance.choice([chance.gauss(0, 1), 10 ** chance.uniform(-30, 30), 0.0]) for _ in range(2)] for _ in range(6)
-    ]
-    run = fake_run(tmp_path / "run")
-    expected = []
-    for _ in run.epochs():
-        for _ in run.batches():
-            pair = losses.pop()
-            run.record({"a [nats]": torch.tensor(pair[0]), 'b, "quoted" [nats]': torch.tensor(pair[1])})
-        expected.append(torch.stack(run.losses).double().mean(0).tolist())
+    training, expected = FakeTraining(tmp_path / "run"), []
+    for _ in range(3):
+        losses = [[chance.choice([chance.gauss(0, 1), 10 ** chance.uniform(-30, 30), 0.0]) for _ in "ab"] for _ in "12"]
+        training.epoch(*({"a [nats]": a, 'b, "quoted" [nats]': b} for a, b in losses), more=1.5)
+        expected.append([*torch.tensor(losses).double().mean(0).tolist(), 1.5])
     with open(tmp_path / "run/log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [[float(row["a [nats]"]), float(row['b, "quoted" [nats]'])] for row in rows] == expected
+    assert [[float(row[name]) for name in ("a [nats]", 'b, "quoted" [nats]', "more")] for row in rows] == expected
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert list(rows[0])[-2:] == ["seconds", "images per second"] and float(rows[0]["images per second"]) > 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, value):
-    run = fake_run(tmp_path / "run")
+    training = FakeTraining(tmp_path / "run")
+    training.epoch()
     with pytest.raises(common.UserError, match="loss b is .* in epoch 2, step 2: the checkpoint of epoch 1 is kept"):
-        for epoch in run.epochs():
-            for step, _ in enumerate(run.batches()):
-                run.record(
-                    {"loss a": torch.tensor(1.0), "loss b": torch.tensor(value if (epoch, step) == (2, 1) else 1.0)}
-                )
+        training.epoch({"loss a": 1.0, "loss b": 1.0}, {"loss a": 1.0, "loss b": value})
     assert common.load_checkpoint(tmp_path / "run")["epoch"] == 1
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    run = fake_run(tmp_path / "run")
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "SAVE_SECONDS", -1)
+    training = FakeTraining(tmp_path / "run")
+    training.epoch()
+    training.networks["generator"].weight.data[0, 0] = math.nan
     with pytest.raises(common.UserError, match="generator has weights that are not finite after epoch 2"):
-        for epoch in run.epochs():
-            for _ in run.batches():
-                run.record({"loss": torch.tensor(1.0)})
-            if epoch == 2:
-                run.networks["generator"].weight.data[0, 0] = math.nan
+        training.epoch()
     assert common.load_checkpoint(tmp_path / "run")["epoch"] == 1
 
 
-def test_saving_takes_a_bounded_part_of_the_time(tmp_path, monkeypatch):
-    """Epochs of no length are saved now and then, not each; at the end the log is complete."""
-    run = fake_run(tmp_path / "run", epochs=300)
-    saves, save = [], run.save
-    monkeypatch.setattr(run, "save", lambda epoch: (saves.append(epoch), save(epoch)))
-    for _ in run.epochs():
-        for _ in run.batches():
-            run.record({"loss": torch.tensor(1.0)})
-    assert len(saves) < 30 and saves[0] == 1 and saves[-1] == 300
-    assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 301
+def test_a_run_is_saved_at_first_then_every_ten_seconds_and_at_its_end(tmp_path, monkeypatch):
+    now, saved = 0.0, []
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    training = FakeTraining(tmp_path / "run", epochs=10)
+    for epoch in range(1, 11):
+        now += 3
+        training.epoch()
+        saved.append(common.load_checkpoint(tmp_path / "run")["epoch"])
+        log = (tmp_path / "run/log.csv").read_text().splitlines()
+        assert len(log) == saved[-1] + 1 and log[-1].endswith(",3.0,2.7")  # seconds, images per second
+        assert (tmp_path / f"run/samples/epoch-{epoch:04}.png").exists()  # which are drawn after every epoch
+    assert saved == [1, 1, 1, 1, 5, 5, 5, 5, 9, 10]
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 8), (2, 8), (3, 6)])
+def test_a_batch_that_is_too_large_or_uneven_is_refused_with_the_size_to_give(count, size, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    with pytest.raises(common.UserError, match=f"larger than the data: 8 images: give --batch-size {size} or less"):
+        FakeTraining(tmp_path / "run", batch_size=9 * count)
+    if count > 1:
+        with pytest.raises(common.UserError, match=f"--batch-size 7 can't be shared evenly by {count} processes"):
+            FakeTraining(tmp_path / "run", batch_size=7)
+    assert not (tmp_path / "run").exists()
 
 
 class Malicious:
@@ -248,66 +264,63 @@ class Malicious:
 
 def checkpoint_file(tmp_path, kind: str):
     """A run's folder with a checkpoint that must be refused."""
-    folder = tmp_path / "run"
-    folder.mkdir()
+    folder, buffer = tmp_path / "run", io.BytesIO()
+    file = folder / "checkpoint.pt"
     good = dict(format=1, script="gan", options={}, epoch=1, networks={}, optimizers={}, history=[])
-    buffer = io.BytesIO()
-    if kind == "truncated":
-        torch.save(good, buffer)
-        (folder / "checkpoint.pt").write_bytes(buffer.getvalue()[:-100])
-    elif kind == "empty":
-        (folder / "checkpoint.pt").touch()
-    elif kind == "text":
-        (folder / "checkpoint.pt").write_text("hello")
-    elif kind == "pickle":
-        (folder / "checkpoint.pt").write_bytes(pickle.dumps(Malicious()))
-    elif kind == "malicious":
-        torch.save(good | {"options": Malicious()}, folder / "checkpoint.pt")
-    elif kind == "folder":
-        (folder / "checkpoint.pt").mkdir()
-    elif kind == "list":
-        torch.save([1, 2], folder / "checkpoint.pt")
-    elif kind == "missing key":
-        del good["history"]
-        torch.save(good, folder / "checkpoint.pt")
-    elif kind == "version":
-        torch.save(good | {"format": 99}, folder / "checkpoint.pt")
-    elif kind == "script":
-        torch.save(good | {"script": "vae"}, folder / "checkpoint.pt")
-    elif kind == "options":
-        torch.save(good, folder / "checkpoint.pt")
+    options = common.run_options(gan.parse_args(["--dataset", "digits"]))
+    torch.save(good, buffer)
+    contents = {
+        "truncated": buffer.getvalue()[:-100],
+        "empty": b"",
+        "text": b"hello",
+        "pickle": pickle.dumps(Malicious()),
+        "malicious": good | {"options": Malicious()},
+        "list": [1, 2],
+        "missing key": {key: value for key, value in good.items() if key != "history"},
+        "version": good | {"format": 99},
+        "script": good | {"script": "vae"},
+        "options": good,
+        "types": good | {"options": options | {"epochs": "1"}},
+        "networks": good | {"options": options},
+    }
+    folder.mkdir()
+    if kind == "folder":
+        file.mkdir()
+    elif isinstance(contents[kind], bytes):
+        file.write_bytes(contents[kind])
+    else:
+        torch.save(contents[kind], file)
     return folder
 
 
-KINDS = [
-    "truncated",
-    "empty",
-    "text",
-    "pickle",
-    "malicious",
-    "folder",
-    "list",
-    "missing key",
-    "version",
-    "script",
-    "options",
-]
+REFUSED = {
+    "truncated": "is damaged",
+    "empty": "is damaged",
+    "text": "is damaged",
+    "pickle": "is damaged",
+    "malicious": "is damaged",
+    "folder": "there is no checkpoint",
+    "list": "no checkpoint of this version",
+    "missing key": "no checkpoint of this version",
+    "version": "no checkpoint of this version",
+    "script": "was written by vae.py",
+    "options": "written by another version of the script (options ['batch_size', 'data_dir'",
+    "types": "written by another version of the script (options of other types)",
+    "networks": "does not fit this version's networks",
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bad_checkpoints_are_refused_and_never_run(tmp_path, monkeypatch, capsys, kind):
+@pytest.mark.parametrize("kind", REFUSED)
+def test_bad_checkpoints_are_refused_and_never_run(kind, tmp_path, monkeypatch, refusal):
     monkeypatch.chdir(tmp_path)
     folder = checkpoint_file(tmp_path, kind)
     before = sorted(tmp_path.rglob("*"))
     for option in (["--resume"], ["--sample", "4"]):
-        with pytest.raises(SystemExit) as stop:
-            gan.main(["--out-dir", str(folder), *option])
-        assert stop.value.code == 2
-        line = capsys.readouterr().err
-        assert line.startswith("gan.py: error: ") and line.count("\n") == 1
+        assert REFUSED[kind] in refusal("gan", "--dataset", "digits", "--out-dir", folder, *option)
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.full
 def test_importing_changes_nothing(tmp_path):
     """No file, no output, no seed, no thread count, no signal handler."""
     program = (
@@ -323,6 +336,7 @@ def test_importing_changes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_mnist_is_held_once_in_memory(real_data, tmp_path):
     """A short run's peak over what importing torch and torchvision takes: at most 300 MB."""
     program = (
@@ -340,7 +354,10 @@ def test_mnist_is_held_once_in_memory(real_data, tmp_path):
 
 def test_precision_follows_the_processor(monkeypatch):
     args = Namespace(device="cpu", precision="auto", script="gan")
-    for native, expected in ((True, "bf16"), (False, "fp32")):
+    assert common.choose_device(args) == torch.device("cpu")
+    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(common, "has_native_bf16", lambda device, native=native: native)
-        assert common.choose_compute(args).precision == expected
-    assert common.choose_compute(Namespace(device="cpu", precision="fp32", script="gan")).precision == "fp32"
+        for precision, type_ in (("auto", expected), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            args.precision = precision
+            with common.choose_autocast(args, torch.device("cpu")):
+                assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == type_
