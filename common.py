@@ -232,11 +232,16 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         raise UserError(f"--device {kind}: this machine has {here}; --device auto takes what there is")
     device = torch.device(kind)
     if kind == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > cards:
+            way_out = f"--nproc-per-node={cards}, or --device cpu"
+            raise UserError(f"{here} processes and {cards} GPUs on this machine: {way_out}")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if processes() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        # A day: the others wait while the first decodes a folder; torchrun ends those of a lost one.
+        how = dict(timeout=timedelta(days=1), device_id=device if kind == "cuda" else None)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", **how)
     return device
 
 
@@ -270,10 +275,38 @@ def seed_everything(seed: int, epoch: int = 0) -> None:
     torch.manual_seed(int.from_bytes(digest[:4], "big"))
 
 
+def rand(count: int, *shape: int, device: torch.device | str) -> Tensor:
+    """This process's rows (count, *shape) of the numbers in [0, 1) drawn for the whole batch."""
+    return own_rows(torch.rand(count * processes(), *shape, device=device))
+
+
 def randn(count: int, *shape: int, device: torch.device | str) -> Tensor:
-    """This process's rows (count, *shape) of the noise that one process would draw for the batch."""
-    noise = torch.randn(count * processes(), *shape, device=device)
-    return noise[rank() * count : (rank() + 1) * count]
+    """This process's rows (count, *shape) of the Gaussian noise drawn for the whole batch."""
+    return own_rows(torch.randn(count * processes(), *shape, device=device))
+
+
+def own_rows(whole: Tensor) -> Tensor:
+    """This process's share of what every process has drawn alike for the whole batch."""
+    return whole.chunk(processes())[rank()]
+
+
+class Dropout2d(nn.Dropout2d):
+    """nn.Dropout2d, which under several processes draws other masks in each."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        if not self.training:
+            return values
+        ones = values.new_ones(len(values) * processes(), values.shape[1], 1, 1)
+        return values * own_rows(nn.functional.dropout2d(ones, self.p))
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum, whose gradient is this process's part, so weighed that apply_gradients averages right."""
+    if not dist.is_initialized():
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total + processes() * (values - values.detach())
 
 
 # ---------------------------------------------------------------------------------- optimizer steps
@@ -314,48 +347,55 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 def distribute(network: nn.Module) -> nn.Module:
     """Batch norm over the whole batch instead of each process's share, where it can be (CUDA)."""
-    shared = processes() > 1 and torch.cuda.is_available()
+    shared = processes() > 1 and any(parameter.is_cuda for parameter in network.parameters())
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if shared else network
 
 
 def capture(step: Callable, device: torch.device) -> Callable:
-    """`step` as one CUDA graph, where that can be."""
-    if device.type == "cuda" and processes() > 1:
+    """`step` as one CUDA graph, where that can be; the environment variable CUDA_GRAPH=0 forbids it."""
+    if device.type != "cuda" or os.environ.get("CUDA_GRAPH") == "0":
+        return step
+    if processes() > 1:
         show_line("no CUDA graph: several processes exchange gradients within a step")
-    return GraphedStep(step) if device.type == "cuda" and processes() == 1 else step
+        return step
+    return GraphedStep(step)
 
 
 class GraphedStep:
-    """A training step captured as one CUDA graph and replayed: one launch instead of hundreds."""
+    """A training step captured as one CUDA graph and replayed: one launch instead of hundreds.
+
+    The results of a replay are overwritten by the next one.
+    """
 
     def __init__(self, step: Callable):
-        self.step, self.calls, self.graph = step, 0, None
+        self.step, self.calls, self.graph, self.stream = step, 0, None, torch.cuda.Stream()
 
-    def __call__(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
         self.calls += 1
-        if self.calls <= 3:  # real steps, on a stream of their own as capture requires, make the optimizers' state
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                losses = self.step(images, labels)
-            torch.cuda.current_stream().wait_stream(stream)
+        if self.calls <= 3:  # real steps, on the capture's stream, make the optimizers' state
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                losses = self.run(batch)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return losses
-        if self.calls == 4:
-            self.images, self.labels = images.clone(), labels.clone() if labels is not None else None
-            try:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    self.losses = self.step(self.images, self.labels)
-                self.graph = graph
-            except RuntimeError as error:
-                print(f"no CUDA graph ({str(error).splitlines()[0]}): steps run one kernel at a time")
         if self.graph is None:
-            return self.step(images, labels)
-        self.images.copy_(images)
-        if labels is not None:
-            self.labels.copy_(labels)
+            self.batch, graph = [part.clone() for part in batch], torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=self.stream):
+                    self.losses = self.run(self.batch)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                why = str(error).splitlines()[0]
+                raise UserError(f"no CUDA graph of a step ({why}): CUDA_GRAPH=0 goes without") from error
+            self.graph = graph
+        for own, part in zip(self.batch, batch):
+            own.copy_(part)
         self.graph.replay()
         return self.losses
+
+    def run(self, batch) -> dict[str, Tensor]:
+        return {name: loss.detach() for name, loss in self.step(*batch).items()}
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -593,12 +633,15 @@ def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> 
     The last images that fill no batch are left out, so that every step has one shape; the next
     epoch permutes anew.
     """
-    share = batch_size // processes()
+    device, share = torch.device(device), batch_size // processes()
     order = torch.randperm(len(data.images)).to(data.images.device)  # a copy a step would wait for it
     for start in range(0, len(order) - batch_size + 1, batch_size):
         picked = order[start + rank() * share : start + (rank() + 1) * share]
+        images = data.images.index_select(0, picked)
+        if device.type == "cuda" and not images.is_cuda:
+            images = images.pin_memory()  # which alone may be copied without waiting
         labels = None if data.labels is None else data.labels.index_select(0, picked).to(device)
-        yield Data(data.images.index_select(0, picked).to(device, non_blocking=True), labels)
+        yield Data(images.to(device, non_blocking=images.is_pinned()), labels)
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -778,10 +821,18 @@ def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
 
 
 def restore(parts: dict, states: dict) -> None:
-    """Give networks or optimizers their states by name; UserError when they don't fit."""
+    """Give networks or optimizers their states by name; UserError when they don't fit.
+
+    How an optimizer runs is the device's matter: it keeps its own `fused` and `capturable`.
+    """
     try:
         for name, part in parts.items():
-            part.load_state_dict(states[name])
+            state = states[name]
+            if isinstance(part, torch.optim.Optimizer):
+                own = [{k: group[k] for k in ("fused", "capturable")} for group in part.param_groups]
+                groups = [stored | flags for stored, flags in zip(state["param_groups"], own)]
+                state = state | dict(param_groups=groups)
+            part.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         line = str(error).strip().splitlines()[0]
         why = f"does not fit this version's networks ({line})"

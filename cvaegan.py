@@ -146,8 +146,8 @@ class ClassMeans(nn.Module):
 
     def forward(self, name: str, features: Tensor, classes: Tensor) -> Tensor:
         """Take in a batch: features (N, 128), classes (N, 10). Its share alone carries a gradient."""
-        counts = classes.sum(0)[:, None]  # (10, 1)
-        batch_means = classes.T @ features / counts.clamp(min=1)
+        counts = common.sum_over_processes(classes.sum(0)[:, None])  # (10, 1)
+        batch_means = common.sum_over_processes(classes.T @ features) / counts.clamp(min=1)
         means = getattr(self, name)
         updated = torch.where(counts > 0, DECAY * means + (1 - DECAY) * batch_means, means)
         means.copy_(updated.detach())
@@ -245,7 +245,9 @@ def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, n
             + pairwise_loss(real_features, reconstructed_features)
             + pairwise_loss(real_class_features, reconstructed_class_features)
         )
-        loss_gd = mean_loss(real_features.mean(0), prior_features.mean(0))
+        both = real_features, prior_features
+        means = [common.sum_over_processes(features.mean(0)) / common.processes() for features in both]
+        loss_gd = mean_loss(*means)
         loss_gc = mean_loss(
             class_means("real", real_class_features, classes), class_means("prior", prior_class_features, classes)
         )

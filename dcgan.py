@@ -108,7 +108,7 @@ class BanerjeeDiscriminator(nn.Sequential):
         layers = []
         for inputs, outputs, stride in ((1, 32, 2), (32, 64, 1), (64, 128, 1), (128, 256, 2)):
             layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1)]
-            layers += [nn.LeakyReLU(0.2, inplace=True), nn.Dropout2d(0.25)]
+            layers += [nn.LeakyReLU(0.2, inplace=True), common.Dropout2d(0.25)]
         super().__init__(*layers, nn.Flatten(), nn.Linear(256 * 7 * 7, 1), nn.Flatten(0))
 
 
@@ -148,7 +148,7 @@ def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
 
 def flip(images: torch.Tensor) -> torch.Tensor:
     """Half of the images (N, C, H, W), drawn at random, mirrored left to right."""
-    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    mirrored = common.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(mirrored, images.flip(3), images)
 
 
@@ -159,19 +159,20 @@ def diff_augment(images: torch.Tensor) -> torch.Tensor:
     generator does not learn to draw the distortions (Zhao et al. 2020, arXiv 2006.10738).
     """
     count, _, size, _ = images.shape
-    brightness, saturation, contrast = torch.rand(3, count, 1, 1, 1, device=images.device)
+    colour, place, hole = common.rand(count, 7, 1, 1, 1, device=images.device).split([3, 2, 2], dim=1)
+    brightness, saturation, contrast = colour.unbind(1)  # each (N, 1, 1, 1)
     images = images + brightness - 0.5
     images = images.mean(1, keepdim=True).lerp(images, 2 * saturation)
     images = images.mean((1, 2, 3), keepdim=True).lerp(images, contrast + 0.5)
 
     places, reach = torch.arange(size, device=images.device), size // 8
-    down, across = torch.randint(-reach, reach + 1, (2, count, 1, 1), device=images.device)
+    down, across = (place * (2 * reach + 1)).floor().sub(reach).view(count, 2, 1, 1).unbind(1)  # each (N, 1, 1)
     # Row i of the result is row i - down: products with 0-1 matrices (N, 1, H, H) leave zeros where nothing moves in.
     rows, columns = ((places[:, None] - places == shift)[:, None].to(images.dtype) for shift in (down, across))
     images = rows @ images @ columns.transpose(2, 3)
 
-    starts = torch.randint(-(size // 4), size - size // 4, (2, count, 1), device=images.device)
-    rows, columns = (places >= starts) & (places < starts + size // 2)  # each (N, size)
+    top, left = (hole * size).floor().sub(size // 4).view(count, 2, 1).unbind(1)  # each (N, 1)
+    rows, columns = ((places >= start) & (places < start + size // 2) for start in (top, left))  # each (N, size)
     return images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0)
 
 

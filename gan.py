@@ -56,7 +56,7 @@ class Dropout(nn.Dropout):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return values
-        kept = torch.rand(values.shape, device=values.device) >= self.p
+        kept = common.rand(*values.shape, device=values.device) >= self.p
         return values * kept.to(values.dtype).div_(1 - self.p)
 
 

@@ -72,7 +72,7 @@ class ConvolutionalEncoder(nn.Sequential):
     def __init__(self, latent_size: int, sizes: tuple[int, ...]):
         layers = []
         for inputs, outputs, stride in zip((1, *sizes), sizes, STRIDES):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.LeakyReLU(0.2), nn.Dropout2d(0.25)]
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.LeakyReLU(0.2), common.Dropout2d(0.25)]
         super().__init__(*layers, nn.Flatten(), nn.Linear(sizes[-1] * 7 * 7, 2 * latent_size))
 
 
