@@ -17,6 +17,7 @@ from PIL import Image
 
 import common
 import gan
+import vae
 from tests.conftest import ROOT, write_idx
 
 
@@ -279,6 +280,7 @@ def checkpoint_file(tmp_path, kind: str):
         "missing key": {key: value for key, value in good.items() if key != "history"},
         "version": good | {"format": 99},
         "script": good | {"script": "vae"},
+        "vae": good | {"script": "vae", "options": common.run_options(vae.parse_args([]))},
         "options": good,
         "types": good | {"options": options | {"epochs": "1"}},
         "networks": good | {"options": options},
