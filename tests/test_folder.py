@@ -1,6 +1,10 @@
 """Folders of images: every mode and format, every kind of file that is no image, and the cache of the pixels."""
 
+import errno
+import itertools
 import os
+import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -14,7 +18,7 @@ import torch
 from PIL import Image
 
 import common
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Script
 
 RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
 
@@ -27,7 +31,11 @@ def folder(tmp_path) -> Path:
 
 
 def load(folder: Path, size: int = 8) -> torch.Tensor:
-    return common.load_folder(folder, size)
+    return common.load_folder(folder, size, folder.parent / "data")
+
+
+def caches(folder: Path) -> list[Path]:
+    return sorted((folder.parent / "data").glob("*.images"))
 
 
 def halves(left, right, mode="RGB", size=(32, 32)) -> Image.Image:
@@ -159,10 +167,12 @@ def write_broken(folder: Path) -> int:
 def test_broken_files_are_skipped_counted_and_named(folder, capsys):
     count = write_broken(folder)
     Image.new("RGB", (9, 9), RED).save(folder / "z.png")
-    for _ in range(2):  # told again when the cache is used
-        assert len(load(folder)) == 1
-        shown = capsys.readouterr().out
-        assert f"skipped {count} files: bomb.png (too large), cut.jpg (damaged" in shown and shown.count("\n") == 1
+    assert len(load(folder)) == 1
+    shown = capsys.readouterr().out
+    assert f"skipped {count} files: bomb.png (too large), cut.jpg (damaged" in shown and shown.count("\n") == 1
+    assert len(load(folder)) == 1
+    shown = capsys.readouterr().out  # the cache holds nothing but pixels: how many are missing, not which
+    assert f"(cached); skipped {count} files\n" in shown and shown.count("\n") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
@@ -187,12 +197,12 @@ def test_a_folder_without_images_is_an_error_that_says_what_was_found(folder, ki
         path, expected = folder / "file", "there is no folder"
         path.write_bytes(b"")
     elif kind == "broken":
-        expected = f"{write_broken(folder)} files, none of them a usable image: bomb.png"
+        expected = f"{write_broken(folder)} files, none a usable image: bomb.png"
     elif kind == "mistyped":
         path, expected = Path("mnits"), "--dataset takes"
     with pytest.raises(common.UserError, match=expected):
         load(path)
-    assert not list(folder.parent.glob("*.images")) and not list(folder.parent.glob(".*.tmp"))
+    assert not [path for path in folder.parent.rglob("*") if path.suffix in (".images", ".tmp")]
 
 
 def paint(folder: Path, count: int) -> None:
@@ -200,20 +210,24 @@ def paint(folder: Path, count: int) -> None:
         Image.new("RGB", (9, 9), (i % 256, i // 256, 7)).save(folder / f"{i:05}.bmp")
 
 
-def test_the_cache_is_used_until_a_file_changes(folder, monkeypatch):
-    paint(folder, 3)
-    decoded = []
-    decode = common.decode_image
-    monkeypatch.setattr(common, "decode_image", lambda path, size: decoded.append(path) or decode(path, size))
+@pytest.fixture
+def decoded(monkeypatch) -> list[Path]:
+    """The files that were decoded since the list was cleared."""
+    paths, decode = [], common.decode_file
+    monkeypatch.setattr(common, "decode_file", lambda path, size: paths.append(path) or decode(path, size))
+    return paths
 
+
+def test_the_cache_is_used_until_a_file_changes_and_then_replaced(folder, decoded):
     def decodes() -> int:
         decoded.clear()
         load(folder)
         return len(decoded)
 
+    paint(folder, 3)
     assert decodes() == 3 and decodes() == 0
     paint(folder, 4)
-    assert decodes() == 4 and decodes() == 0
+    assert decodes() == 4 and decodes() == 0 and len(caches(folder)) == 1  # the earlier one is gone
     (folder / "00000.bmp").unlink()
     assert decodes() == 3
     (folder / "00001.bmp").rename(folder / "00009.bmp")
@@ -221,15 +235,98 @@ def test_the_cache_is_used_until_a_file_changes(folder, monkeypatch):
     Image.new("RGB", (9, 9), WHITE).save(folder / "00002.bmp")  # as long as before, but newer
     assert decodes() == 3 and load(folder)[0].min() == 255
     assert load(folder, 16).shape[-1] == 16 and decodes() == 0  # another size has a cache of its own
-    cache = folder.with_name("pictures-8.images")
-    for damage in (b"", cache.read_bytes()[:100], b"\0" * 500, b"5" + (1).to_bytes(8, "big")):
-        cache.write_bytes(damage)
-        assert decodes() == 3 and decodes() == 0
-    old = folder.with_name(f".{cache.name}.1.tmp")  # of a builder that was killed long ago
-    old.write_bytes(b"")
-    os.utime(old, (0, 0))
-    cache.unlink()
-    assert decodes() == 3 and not old.exists()
+    assert len(caches(folder)) == 2
+    for old, seconds in ((".pictures.images.1.tmp", 3700), (".pictures.images.2.tmp", 3500)):  # of killed builders
+        path = folder.parent / "data" / old
+        path.touch()
+        os.utime(path, (time.time() - seconds,) * 2)
+    for cache in caches(folder):
+        cache.unlink()
+    assert decodes() == 3  # what is younger than an hour may be a living builder's
+    assert [path.name for path in (folder.parent / "data").glob(".*")] == [".pictures.images.2.tmp"]
+
+
+def test_the_cache_is_one_flat_file_of_pixels_whose_name_says_of_what(folder):
+    paint(folder, 3)
+    (folder / "broken.png").write_bytes(b"")
+    images = load(folder, 16)
+    (cache,) = caches(folder)
+    assert re.fullmatch(r"pictures-[0-9a-f]{8}-[0-9a-f]{16}-16\.images", cache.name)
+    assert cache.read_bytes() == images.numpy().tobytes() and cache.stat().st_size == 3 * 3 * 16 * 16
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]  # nothing else, there or elsewhere
+    assert {path.name for path in folder.parent.iterdir()} == {"pictures", "data"}
+
+
+def test_folders_of_one_name_keep_their_caches_and_a_moved_one_finds_its_own(folder, decoded, monkeypatch):
+    twin = folder.parent / "elsewhere" / folder.name
+    twin.mkdir(parents=True)
+    paint(folder, 2)
+    paint(twin, 3)
+    data = folder.parent / "data"
+    for _ in range(2):
+        assert [len(common.load_folder(path, 8, data)) for path in (folder, twin)] == [2, 3]
+    paint(twin, 4)
+    assert len(common.load_folder(twin, 8, data)) == 4 and len(load(folder)) == 2
+    assert len(caches(folder)) == 2 and len(decoded) == 2 + 3 + 4
+    decoded.clear()
+    moved = folder.rename(folder.with_name("moved"))
+    assert len(load(moved)) == 2
+    monkeypatch.chdir(moved.parent)
+    for path in (Path("moved"), Path("elsewhere/../moved"), moved):  # one place, whatever it is called
+        assert len(common.load_folder(path, 8, data)) == 2
+    assert not decoded and len(caches(folder)) == 2
+    # Pictures in the data folder itself: the caches beside them are none of them.
+    shutil.copy(moved / "00000.bmp", data)
+    assert len(common.load_folder(data, 8, data)) == len(common.load_folder(data, 8, data)) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_a_file_that_cannot_be_read_now_is_named_and_makes_no_cache(folder, error, words, monkeypatch):
+    paint(folder, 3)
+    real = Image.open
+
+    def refuse(path, *args, **options):
+        if Path(path).name == "00001.bmp":
+            raise error
+        return real(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", refuse)
+        with pytest.raises(common.UserError, match=f"can't read .*/pictures/00001.bmp: {words}"):
+            load(folder)
+    assert not caches(folder) and not list(folder.parent.rglob(".*.tmp"))
+    assert len(load(folder)) == 3
+
+
+def test_building_and_reading_need_no_memory(folder, monkeypatch):
+    """Of a cache of 60 MB hardly any is the process's own: the system may write it out and drop it at any time."""
+
+    def own() -> int:
+        status = Path("/proc/self/status")
+        if not status.exists():
+            pytest.skip("needs /proc")
+        return int(re.search(r"RssAnon:\s+(\d+) kB", status.read_text())[1]) * 1024
+
+    used, size = [], 256
+    for i in range(320):
+        (folder / f"{i:03}.png").touch()
+    monkeypatch.setattr(
+        common, "map_in_workers", lambda function, items, workers: itertools.chain(*map(function, [items]))
+    )
+    monkeypatch.setattr(
+        common, "decode_files", lambda names, folder, size: map(common.decode_file, names, [size] * 400)
+    )
+    monkeypatch.setattr(common, "decode_file", lambda path, size: used.append(own()) or bytearray(3 * size * size))
+    images = load(folder, size)
+    assert images.nbytes == 320 * 3 * size * size and int(images.sum()) == 0
+    assert max(*used, own()) - used[0] < images.nbytes / 8
 
 
 def test_the_images_stay_when_the_cache_is_made_anew(folder):
@@ -243,15 +340,35 @@ def test_the_images_stay_when_the_cache_is_made_anew(folder):
     assert torch.equal(load(folder)[:2], before)
 
 
-def test_where_the_parent_is_read_only_the_cache_goes_home(folder, monkeypatch):
+def test_where_the_data_folder_is_read_only_a_line_says_so(folder, monkeypatch):
     paint(folder, 2)
-    home = folder.parent / "home"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    may = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder.parent and may(path, mode))
-    assert len(load(folder)) == 2
-    assert not list(folder.parent.glob("*.images")) and len(list(home.rglob("*.images"))) == 1
-    assert len(load(folder)) == 2
+    data = folder.parent / "data"
+    data.write_bytes(b"")  # root may write anywhere but into a file
+    with pytest.raises(common.UserError, match=f"can't write {data}/pictures-"):
+        load(folder)
+
+
+# -------------------------------------------------------------------------------------------------- many files
+
+
+def shade(i: int) -> int:
+    return i % 256 + i // 256 + 7
+
+
+@pytest.mark.full
+def test_many_files_are_decoded_by_several_processes_in_their_order(folder):
+    paint(folder, 600)
+    assert load(folder, 8)[:, :, 0, 0].sum(1).tolist() == [shade(i) for i in range(600)]
+
+
+def end(_) -> list:
+    os._exit(1)
+
+
+@pytest.mark.full
+def test_a_lost_decoding_process_is_told():
+    with pytest.raises(common.UserError, match="lost a process that decodes"):
+        list(common.map_in_workers(end, ["a", "b"], 1))
 
 
 BUILD = """
@@ -260,7 +377,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import common
 if __name__ == "__main__":
-    print(int(common.load_folder(Path(sys.argv[2]), 8).long().sum()), flush=True)
+    folder = Path(sys.argv[2])
+    print(int(common.load_folder(folder, 8, folder.parent / "data").long().sum()), flush=True)
 """
 
 
@@ -271,29 +389,44 @@ def builder(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.full
 def test_two_builders_at_once_and_one_that_is_killed(folder):
     paint(folder, 300)  # enough to be decoded in another process
-    expected = sum(64 * (i % 256 + i // 256 + 7) for i in range(300))
-    cache = folder.with_name("pictures-8.images")
+    expected, data = 64 * sum(map(shade, range(300))), folder.parent / "data"
     killed = builder(folder)
-    while not list(folder.parent.glob(".*.tmp")):
+    while not list(data.glob(".*.tmp")):
         assert killed.poll() is None
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate(timeout=60)  # ends when its decoding processes, which hold the pipe too, have ended
-    assert not cache.exists()
+    assert not caches(folder)
     other = builder(folder)
-    while len(list(folder.parent.glob(".*.tmp"))) < 2:
+    while len(list(data.glob(".*.tmp"))) < 2:
         assert other.poll() is None
         time.sleep(0.01)
     assert int(load(folder).long().sum()) == expected
     output = other.communicate(timeout=60)[0]
     assert output.split("\n")[-2:] == [str(expected), ""], output
     assert int(load(folder).long().sum()) == expected
-    # The killed builder's file stays until it is an hour old: a live one's looks the same.
-    assert len(list(folder.parent.glob(".*.tmp"))) == 1
+    assert len(list(data.glob(".*.tmp"))) == 1  # the killed one's, until it is an hour old
 
 
+@pytest.mark.full
+def test_an_interrupt_while_processes_decode_is_one_line_and_leaves_nothing(folder):
+    paint(folder, 2000)
+    options = ["--dataset", folder, "--image-size", 32, "--data-dir", folder.parent / "data"]
+    for seconds in (0, 0.5, 1, 3, 5):  # while they start, and while they decode
+        run = Script("dcgan", *options, cwd=folder.parent)
+        while not list(folder.parent.glob("data/.*.tmp")):
+            assert run.process.is_alive(), run.err
+            time.sleep(0.01)
+        run.process.join(seconds)
+        run.interrupt(signal.SIGINT) if seconds < 5 else run.process.terminate()
+        assert run.finish() == 130 and run.err.count("\n") == 1 and "interrupted" in run.err, run.err
+        assert not list(folder.parent.glob("data/.*")) and not caches(folder)
+
+
+@pytest.mark.full
 def test_real_faces(real_data, folder):
     sources = sorted((real_data / "anime").iterdir())[:40] if (real_data / "anime").is_dir() else []
     if not sources:
