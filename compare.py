@@ -1,32 +1,42 @@
-"""Compare finished runs by figures: what the reports judged by eye, measured, with nothing to download.
+"""Measure finished runs side by side; the figures replace visual comparison. Nothing is downloaded.
 
-    python compare.py runs/*                         # the table of all runs, and comparison.{md,csv,json,png}
+    python compare.py runs/*                         # a table of all runs, and comparison.{md,csv,json,png}
     python compare.py --grid gan.py --lr 1e-4 2e-4 3e-4 --batch-size 64 128 --epochs 5     # a grid search
     python compare.py --grid vae.py --epochs 5 --repeat 3               # mean and deviation over three seeds
 
-10,000 samples of each run, as bytes like the data, meet the test images. In the row "real images" training images
-take their place (of a folder, one half meets the other): the floor of every column.
+Each run draws 10,000 samples, rounded to bytes as the data are. They are measured against the test images. A folder has
+no test images: a random half of it is measured against. In the row "real images" training images (of a folder the other
+half) take the place of samples. A perfect model would get that row's figures.
 
-    parameters     weights of all networks; epochs, minutes and images/s are from the run's own log
-    Frechet        distance of the features of real images and samples, in percent of the real ones' variance: 100
-                   is the score of a model that repeats one image with average features (Heusel et al. 2017)
+    parameters     weights of all networks
+    epochs         epochs trained; "40 of 100" if the run has not reached the number it was asked for
+    minutes        duration of the training
+    images/s       speed of the training, median of its epochs
+    Frechet        distance of the features of samples and real images, in percent of the real features' variance: 0 is
+                   perfect, 100 is a model that repeats one image with average features (Heusel et al. 2017)
     precision      share of the samples that lie among real images: quality (Kynkäänniemi et al. 2019)
-    recall         share of the real images that lie among samples: variety; both with k = 3 and 5,000 images
-    classes        how many of the classes get at least a tenth of their real share of the samples
+    recall         share of the real images that lie among samples: variety. Both take 5,000 images of each side. One
+                   image lies among others if it is nearer to one of those than that one's third neighbour is.
+    classes        classes that get at least a tenth of their real share of the samples
     KL [nats]      divergence of the samples' shares of the classes from the real ones: 0 is perfect
-    sharpness      slope of the edges, over that of real images; below 1 is blurred
-    noise          size of pixels brighter or darker than all around, over that of real images; above 1 is speckled
-    walk           evenness of 16 steps between two latents, in features: 1 when all are equal, 1/16 for one jump
-    agreement      share of the samples in which the judge sees the class that was asked for
-    ELBO, bound    bounds on log p(x) of the test images; the importance-weighted one by its gap to the ELBO on 250
-    Wasserstein    sliced Wasserstein distance of 7x7 patches at every scale, times 1,000 (Karras et al. 2018)
+    Wasserstein    sliced Wasserstein distance of 7x7 patches at every scale, times 1,000 (Karras et al. 2018); folders
+                   of images only
+    sharpness      slope of the edges, over that of real images: below 1 is blurred
+    noise          size of pixels brighter or darker than all around, over that of real images: above 1 is speckled
+    walk           evenness of 16 steps between two latents, in features: 1 if all are equal, 1/16 for one jump
+    agreement      share of the samples in which the judge sees the class that was asked for; models with labels
+    ELBO [nats]    lower bound on log p(x), mean over the test images; models with a likelihood
+    bound [nats]   importance-weighted lower bound, a tighter one: the ELBO plus the gap between both on 250 test images
 
-Features are those of the judge, a small network trained once on the training images and kept in the data folder: 105
-seconds on 2 cores with bfloat16 (AMD EPYC, Zen 4), 205 without (Intel Xeon, Ice Lake). With labels it classifies (99.4
-% of MNIST's test images right), badly drawn images too, so that blur and speckle are not taken for another class. For a
-folder, without labels, it learns to know an image by any crop of it (Chen et al. 2020), at 32x32 pixels: it can tell
-whether poses, colours and layouts are real and varied, but not whether fine detail is right; Wasserstein and sharpness
-can, and know nothing of layout. Figures of two judges, or of two data sets, don't compare.
+Features are those of the judge, a small network. It is trained once on the training images and kept in the data folder:
+105 seconds on 2 cores with bfloat16 (AMD EPYC, Zen 4), 205 without (Intel Xeon, Ice Lake). With labels it classifies,
+99.4 % of MNIST's test images right. It learns from badly drawn images too, so that it takes no blur or speckle for
+another class. Without labels it learns to know an image by any crop of it (Chen et al. 2020), at 32x32 pixels: it tells
+whether poses, colours and layouts are real and varied, and sees no fine detail. Wasserstein and sharpness see fine
+detail and no layout. Figures of two judges, or of two data sets, can't be compared.
+
+--grid trains every combination of the values, each in a folder of its own under grids/, and ranks them by Frechet
+distance. The same command goes on with an interrupted grid.
 
 A script joins by its function `load_sampler(checkpoint, device) -> common.Sampler` and by nothing else. In reading
 order: the judge, the measures, the table of a data set, a run's folder, what is written, grids, the command line.
@@ -44,6 +54,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -60,7 +71,7 @@ from torch import Tensor, nn
 import common
 
 SAMPLES = 10_000
-NEIGHBOURHOODS = 5_000  # images of each side for precision and recall, whose values depend on it
+NEIGHBOURHOODS = 5_000  # images of each side for precision and recall
 WALKS, STEPS = 200, 16
 BOUND_IMAGES = 250  # test images on which the gap between both bounds is measured: 500 decodings each
 LEAST_STEPS, MOST_STEPS = 250, 1200  # of the judge: five epochs of MNIST, more of smaller sets
@@ -85,8 +96,8 @@ def build_judge(data: common.Data) -> nn.Sequential:
 
 
 @torch.no_grad()
-def look(judge: nn.Sequential, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """uint8 (N, C, H, W) to features, what the last layer is given, float64 (N, 128), and classes (N,): on the CPU."""
+def judge_images(judge: nn.Sequential, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """uint8 (N, C, H, W) to the last layer's inputs, float64 (N, 128), and classes (N,), on the CPU."""
     features = torch.cat([judge[:-1](common.to_unit(chunk.to(device))) for chunk in images.split(500)])
     return features.cpu().double(), judge[-1](features).argmax(1).cpu()
 
@@ -108,10 +119,10 @@ def shifted(images: Tensor, most: int) -> Tensor:
 
 def worsened(images: Tensor) -> Tensor:
     """Images (N, C, H, W) blurred, dimmed and speckled, each half of the time, by random amounts."""
-    much = (2 * torch.rand(3, len(images), 1, 1, 1, device=images.device) - 1).clamp(min=0)
+    blur, dimness, speckle = (2 * torch.rand(3, len(images), 1, 1, 1, device=images.device) - 1).clamp(min=0)
     blurred = F.avg_pool2d(F.avg_pool2d(images, 3, 1, 1), 3, 1, 1)
-    dimmed = images.lerp(blurred, much[0]) * (1 - 0.7 * much[1])
-    return dimmed + 0.3 * much[2] * torch.randn_like(images)
+    dimmed = images.lerp(blurred, blur) * (1 - 0.7 * dimness)
+    return dimmed + 0.3 * speckle * torch.randn_like(images)
 
 
 def cropped(images: Tensor) -> Tensor:
@@ -120,47 +131,49 @@ def cropped(images: Tensor) -> Tensor:
     sides = torch.empty(n, 1, device=device).uniform_(0.5, 1)
     corners = torch.empty(n, 2, device=device).uniform_(-1, 1) * (1 - sides)
     flips = torch.randint(0, 2, (n, 1), device=device) * 2 - 1
-    maps = torch.cat([torch.cat([sides * flips, sides], dim=1).diag_embed(), corners[..., None]], dim=2)  # (N, 2, 3)
-    crops = F.grid_sample(images, F.affine_grid(maps, images.shape, align_corners=False), align_corners=False)
+    scales = torch.cat([sides * flips, sides], dim=1).diag_embed()  # (N, 2, 2)
+    places = F.affine_grid(torch.cat([scales, corners[..., None]], dim=2), images.shape, align_corners=False)
+    crops = F.grid_sample(images, places, align_corners=False)
     return crops * torch.empty(n, channels, 1, 1, device=device).uniform_(0.8, 1.2)
 
 
-def train_judge(data: common.Data, compute: common.Compute, steps: int) -> nn.Sequential:
-    """A classifier of shifted images, or without labels a network that knows an image by any crop of it."""
+def train_judge(data: common.Data, device: torch.device, autocast: torch.autocast, steps: int) -> nn.Sequential:
+    """A classifier of worsened images, or without labels a network that knows an image by any crop of it."""
     common.seed_everything(0)
-    judge = build_judge(data).to(compute.device)
+    judge = build_judge(data).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), JUDGE["lr"], weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, JUDGE["lr"], total_steps=steps)
     progress = common.Progress(steps, "steps of the judge")
     for step in range(steps):
         picked = torch.randperm(len(data.images))[: JUDGE["batch_size"]]
-        images = data.images[picked].to(compute.device, memory_format=torch.channels_last)
+        images = data.images[picked].to(device, memory_format=torch.channels_last)
         images = judge[0](common.to_unit(images))  # at most 32x32
-        with compute.autocast():
+        with autocast:
             if data.labels is None:
-                outputs = judge(torch.cat([cropped(images), cropped(images)])).float()
-                loss = contrastive_loss(*outputs.chunk(2), JUDGE["temperature"])
+                projections = judge(torch.cat([cropped(images), cropped(images)])).float()
+                loss = contrastive_loss(*projections.chunk(2), JUDGE["temperature"])
             else:
-                outputs = judge(worsened(shifted(images, JUDGE["shift"]))).float()
-                loss = F.cross_entropy(outputs, data.labels[picked].to(compute.device))
+                logits = judge(worsened(shifted(images, JUDGE["shift"]))).float()
+                loss = F.cross_entropy(logits, data.labels[picked].to(device))
         common.descend(loss, optimizer)
         schedule.step()
         progress.update(step + 1)
     return judge.eval()
 
 
-def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Compute) -> nn.Sequential:
-    """The judge of a data set, kept in the data folder; trained anew when its settings or the images change."""
-    path = Path(data_dir, f"judge-{name}.pt")
-    some = data.images[:: -(-len(data.images) // 1000)].contiguous()
-    images = f"{list(data.images.shape)} {hashlib.sha256(some.numpy().tobytes()).hexdigest()}"
+def load_judge(path: Path, data: common.Data, device: torch.device, autocast: torch.autocast) -> nn.Sequential:
+    """The judge of a data set, kept as `path`; trained anew when its settings or the images change."""
+    thousand = data.images[:: math.ceil(len(data.images) / 1000)].contiguous()
+    images = f"{list(data.images.shape)} {hashlib.sha256(thousand.numpy().tobytes()).hexdigest()}"
     settings = JUDGE | dict(images=images, steps=min(MOST_STEPS, max(LEAST_STEPS, len(data.images) // 50)))
     with contextlib.suppress(Exception):  # absent, or damaged in any way: it can always be made again
-        kept = torch.load(path, map_location=compute.device, weights_only=True)
+        kept = torch.load(path, map_location=device, weights_only=True)
         if kept["settings"] == settings:
-            return common.restore_networks({"judge": build_judge(data)}, kept, compute.device)["judge"]
-    print(f"training the judge of {name}, once: it is kept as {path}", flush=True)
-    judge = train_judge(data, compute, settings["steps"])
+            judge = build_judge(data).to(device)
+            common.restore({"judge": judge}, kept["networks"])
+            return judge.eval()
+    print(f"training the judge, once: it is kept as {path}", flush=True)
+    judge = train_judge(data, device, autocast, settings["steps"])
     try:
         with common.replacing(path) as temporary:
             torch.save(dict(settings=settings, networks={"judge": judge.state_dict()}), temporary)
@@ -172,13 +185,13 @@ def load_judge(name: str, data: common.Data, data_dir: str, compute: common.Comp
 def frechet_distance(one: Tensor, other: Tensor) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features (N, d), (M, d) (Heusel et al. 2017, 1706.08500 eq. 6)."""
     one, other = one.double(), other.double()
-    covariance, covariance2 = one.T.cov(), other.T.cov()
+    covariance, other_covariance = one.T.cov(), other.T.cov()
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     # C1 C2 has the eigenvalues of this symmetric product; the sum of their roots is the last trace.
-    cross = torch.linalg.eigvalsh(root @ covariance2 @ root).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.eigvalsh(root @ other_covariance @ root).clamp(min=0).sqrt().sum()
     squares = (one.mean(0) - other.mean(0)).square().sum()
-    return (squares + covariance.trace() + covariance2.trace() - 2 * cross).item()
+    return (squares + covariance.trace() + other_covariance.trace() - 2 * cross).item()
 
 
 def share_among(points: Tensor, others: Tensor, k: int = 3) -> float:
@@ -200,8 +213,10 @@ def class_figures(shares: Tensor, real_shares: Tensor) -> tuple[int, float]:
 
 def split_speckle(images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) as calm + speckle: calm has every pixel within the range of the eight around it."""
-    windows = F.pad(images, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)  # (N, C, H, W, 3, 3)
-    around = torch.stack([windows[..., i // 3, i % 3] for i in range(9) if i != 4])  # (8, N, C, H, W)
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    moved = [padded[..., y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    around = torch.stack(moved[:4] + moved[5:])  # (8, N, C, H, W)
     calm = images.clamp(around.amin(0), around.amax(0))
     return calm, images - calm
 
@@ -217,7 +232,8 @@ def texture(images: Tensor) -> tuple[float, float]:
         calm, speckle = split_speckle(common.to_unit(chunk))
         squares = calm.diff(dim=3)[..., :-1, :].square() + calm.diff(dim=2)[..., :-1].square()
         sums += torch.stack([squares.pow(1.5).sum(), squares.sum(), speckle.square().sum()]).double()
-    return (sums[0] / sums[1].clamp(min=1e-12)).item(), (sums[2] / images.numel()).sqrt().item()
+    cubes, squares, speckle = sums
+    return (cubes / squares.clamp(min=1e-12)).item(), (speckle / images.numel()).sqrt().item()
 
 
 def evenness(features: Tensor) -> float:
@@ -249,8 +265,14 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
 def sliced_distance(one: Tensor, other: Tensor, directions: int = 256) -> float:
     """Sliced Wasserstein-1 distance of two sets of N points (N, d): the mean over random directions."""
     lines = F.normalize(torch.randn(one.shape[1], directions, generator=torch.Generator().manual_seed(0)), dim=0)
-    one, other = ((points @ lines).sort(dim=0).values for points in (one, other))
-    return (one - other).abs().mean().item()
+    return ((one @ lines).sort(dim=0).values - (other @ lines).sort(dim=0).values).abs().mean().item()
+
+
+def random_patches(images: Tensor, per_image: int, generator: torch.Generator) -> Tensor:
+    """7x7 patches at random places of images (N, C, H, W), channels last: (N * per_image, 7, 7, C)."""
+    which = torch.arange(len(images)).repeat_interleave(per_image)
+    down, right = (torch.randint(side - 6, which.shape, generator=generator) for side in images.shape[-2:])
+    return images.unfold(2, 7, 1).unfold(3, 7, 1)[which, :, down, right].permute(0, 2, 3, 1)
 
 
 def sliced_wasserstein(real: Tensor, fake: Tensor, per_image: int = 16) -> float:
@@ -260,79 +282,78 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, per_image: int = 16) -> float
     arXiv 1710.10196, section 5) standardise each by its own, which forgives a lack of contrast in details: blur.
     """
     count = min(len(real), len(fake), NEIGHBOURHOODS)
-    which = torch.arange(count).repeat_interleave(per_image)
     generator, distances = torch.Generator().manual_seed(0), []
-    for levels in zip(*(laplacian_pyramid(common.to_unit(images[:count])) for images in (real, fake))):
-        sides = []
-        for level in levels:
-            down, right = (torch.randint(side - 6, which.shape, generator=generator) for side in level.shape[-2:])
-            patches = level.unfold(2, 7, 1).unfold(3, 7, 1)[which, :, down, right]  # (count * per_image, C, 7, 7)
-            sides.append(patches.permute(0, 2, 3, 1))
-        mean, deviation = sides[0].mean((0, 1, 2)), sides[0].std((0, 1, 2)).clamp(min=1e-8)
-        distances.append(sliced_distance(*(((side - mean) / deviation).flatten(1) for side in sides)))
+    pyramids = [laplacian_pyramid(common.to_unit(images[:count])) for images in (real, fake)]
+    for levels in zip(*pyramids):
+        one, other = (random_patches(level, per_image, generator) for level in levels)
+        mean, deviation = one.mean((0, 1, 2)), one.std((0, 1, 2)).clamp(min=1e-8)
+        one, other = (one - mean) / deviation, (other - mean) / deviation
+        distances.append(sliced_distance(one.flatten(1), other.flatten(1)))
     return 1000 * statistics.fmean(distances)
 
 
 class Table:
-    """The real images of one data set, which samples are measured against, and the rows of figures, the floor first."""
+    """A data set's judge and real images, and a row of figures for each run. The row of real images is the first."""
 
-    def __init__(self, dataset: str, size: int | None, data_dir: str, compute: common.Compute):
-        self.name, self.device = Path(dataset).name + (f"-{size}" if size else ""), compute.device
-        train = test = common.load_data(dataset, data_dir, size=size)
+    def __init__(self, dataset: str, size: int | None, args: Namespace, device: torch.device, autocast: torch.autocast):
+        self.name, self.device = Path(dataset).name + (f"-{size}" if size else ""), device
+        train = test = common.load_data(dataset, args.data_dir, size=size)
         if len(train.images) < 20:
             raise common.UserError(f"{dataset} has {len(train.images)} images: too few to compare with")
-        self.judge = load_judge(self.name, train, data_dir, compute)
+        self.judge = load_judge(Path(args.data_dir, f"judge-{self.name}.pt"), train, device, autocast)
         generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(len(train.images), generator=generator)
+        train_order = torch.randperm(len(train.images), generator=generator)
         if train.labels is None:
-            picked, order = order.tensor_split([len(order) // 2])
+            half = len(train_order) // 2
+            test_order, train_order = train_order[:half], train_order[half:]
         else:
-            test = common.load_data(dataset, data_dir, train=False)
-            picked = torch.randperm(len(test.images), generator=generator)
-        picked, order = picked[:SAMPLES], order[:SAMPLES]
-        self.images = test.images[picked]  # uint8 (N, C, H, W)
-        self.texture, self.shares, self.accuracy, kind = texture(self.images), None, None, "images"
-        self.features, classes = look(self.judge, self.images, self.device)  # (N, 128), (N,)
-        if test.labels is not None:
+            test = common.load_data(dataset, args.data_dir, train=False)
+            test_order = torch.randperm(len(test.images), generator=generator)
+        test_order, train_order = test_order[:SAMPLES], train_order[:SAMPLES]
+        self.images = test.images[test_order]  # uint8 (N, C, H, W)
+        self.features, classes = judge_images(self.judge, self.images, device)  # (N, 128), (N,)
+        self.slope, self.speckle = texture(self.images)
+        labels = self.shares = self.accuracy = None
+        kind = "images"
+        if train.labels is not None:
+            labels = train.labels[train_order]
             self.shares = classes.bincount(minlength=10).clamp(min=1) / len(classes)  # as the judge sees them
-            self.accuracy = (classes == test.labels[picked]).double().mean().item()
+            self.accuracy = (classes == test.labels[test_order]).double().mean().item()
             kind = f"test images, {self.accuracy:.2%} known to the judge"
         self.title = f"{self.name}: measured against {len(self.images):,} {kind}"
-        self.floor = common.Data(*(part if part is None else part[order] for part in train))
-        self.rows = [{"run": "real images", "pictures": self.floor.images[:20]} | self.measure(*self.floor)]
+        images = train.images[train_order]
+        self.rows = [{"run": "real images", "pictures": images[:20]} | self.measure(images, labels)]
 
     def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
-        """All figures of samples, uint8 (N, C, H, W), that need nothing else; labels (N,) are the classes asked for."""
-        features, classes = look(self.judge, images, self.device)
-        few = min(len(features), len(self.features), NEIGHBOURHOODS)
-        real, fake = self.features[:few].float(), features[:few].float()
-        distance = 100 * frechet_distance(self.features, features) / self.features.var(0).sum().item()
-        figures = {"Frechet": distance, "precision": share_among(fake, real), "recall": share_among(real, fake)}
+        """The figures of samples, uint8 (N, C, H, W), that need no model; labels (N,) are the classes asked for."""
+        features, classes = judge_images(self.judge, images, self.device)
+        count = min(len(features), len(self.features), NEIGHBOURHOODS)
+        real, fake = self.features[:count].float(), features[:count].float()
+        variance = self.features.var(0).sum().item()
+        figures = {"Frechet": 100 * frechet_distance(self.features, features) / variance}
+        figures |= {"precision": share_among(fake, real), "recall": share_among(real, fake)}
         if self.shares is None:
             figures["Wasserstein"] = sliced_wasserstein(self.images, images)
         else:
             shares = classes.bincount(minlength=10) / len(classes)
             figures["classes"], figures["KL [nats]"] = class_figures(shares, self.shares)
-        ratios = (own / max(real, 1e-12) for own, real in zip(texture(images), self.texture))
-        figures["sharpness"], figures["noise"] = ratios
+        slope, speckle = texture(images)
+        figures |= {"sharpness": slope / max(self.slope, 1e-12), "noise": speckle / max(self.speckle, 1e-12)}
         if labels is not None:
             figures["agreement"] = (classes == labels).double().mean().item()
         return figures
 
     def add(self, sampler: common.Sampler, row: dict, count: int) -> None:
         """Complete a run's row: figures of `count` samples, and as pictures twelve of them, then a walk in eight."""
-        chunks, progress = [], common.Progress(count, f"samples of {row['run']}")
-        for images, _ in common.draw(sampler, count, 0, self.device):
-            chunks.append(images)
-            progress.update(sum(map(len, chunks)))
+        chunks, labels = zip(*common.draw(sampler, count, 0, self.device))
         images = torch.cat(chunks)
-        row |= self.measure(images, torch.arange(count) % sampler.classes if sampler.classes else None)
+        row |= self.measure(images, torch.cat(labels) if sampler.classes else None)
         start, end = torch.randn(2, WALKS, sampler.latent_size, generator=torch.Generator().manual_seed(1))
         walks = []
-        for i, path in enumerate(interpolate(start, end, STEPS + 1).to(self.device)):  # (STEPS + 1, latent_size)
-            label = torch.full((len(path),), i % sampler.classes, device=self.device) if sampler.classes else None
-            walks.append(common.to_bytes(sampler.generate(path, label)))
-        features, _ = look(self.judge, torch.cat(walks), self.device)
+        for i, latents in enumerate(interpolate(start, end, STEPS + 1).to(self.device)):  # (STEPS + 1, latent_size)
+            label = torch.full((STEPS + 1,), i % sampler.classes, device=self.device) if sampler.classes else None
+            walks.append(common.to_bytes(sampler.generate(latents, label)))
+        features, _ = judge_images(self.judge, torch.cat(walks), self.device)
         row["walk"] = evenness(features.view(WALKS, STEPS + 1, -1))
         row["pictures"] = torch.cat([images[:12], walks[1][torch.linspace(0, STEPS, 8).long()]])
         if sampler.evaluate is not None:
@@ -354,7 +375,7 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[tuple[str, int |
     if not Path(folder, "checkpoint.pt").is_file():
         raise common.UserError(f"{folder} holds no run: there is no checkpoint.pt in it")
     checkpoint = common.load_checkpoint(folder)
-    script, options, history = (checkpoint[name] for name in ("script", "options", "history"))
+    script, options, history = checkpoint["script"], checkpoint["options"], checkpoint["history"]
     # The checkpoint may be anybody's: it may name no code but the scripts beside this one.
     if script not in scripts():
         raise common.UserError(f"{folder} is a run of {script!r}: there is no such script here")
@@ -372,10 +393,10 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[tuple[str, int |
         raise common.UserError(f"{folder}: the checkpoint is damaged or of another version ({why})") from error
 
 
-def compare(folders: list[str | Path], args: Namespace, compute: common.Compute) -> list[Table]:
+def compare(folders: list, args: Namespace, device: torch.device, autocast: torch.autocast) -> list[Table]:
     """Measure the runs in these folders: a table for each data set among them."""
-    runs = [load_run(folder, compute.device) for folder in folders]  # all: what can't be read ends it here
-    tables = {data: Table(*data, args.data_dir, compute) for data in dict.fromkeys(run[0] for run in runs)}
+    runs = [load_run(folder, device) for folder in folders]  # all: what can't be read ends it here
+    tables = {data: Table(*data, args, device, autocast) for data in dict.fromkeys(data for data, _, _ in runs)}
     for i, (data, sampler, row) in enumerate(runs, start=1):
         print(f"compare: measuring {row['run']}, {i} of {len(runs)}", flush=True)
         tables[data].add(sampler, row, args.samples)
@@ -386,10 +407,12 @@ def cell(row: dict, name: str) -> str:
     """A figure as the tables show it: with its deviation, or the epochs that a run still under way was asked for."""
     if name not in row:
         return ""
-    deviation, asked = row.get(f"{name} deviation"), row.get(f"{name} asked")
-    digits = COLUMNS[name] or (1 if deviation else 0)
-    more = f" ± {deviation:,.{digits}f}" if deviation else f" of {asked:,}" if asked else ""
-    return f"{row[name]:,.{digits}f}{more}"
+    digits, deviation, asked = COLUMNS[name], row.get(f"{name} deviation"), row.get(f"{name} asked")
+    if deviation:
+        digits = max(digits, 1)
+        return f"{row[name]:,.{digits}f} ± {deviation:,.{digits}f}"
+    figure = f"{row[name]:,.{digits}f}"
+    return f"{figure} of {asked:,}" if asked else figure
 
 
 def lay_out(rows: list[dict]) -> str:
@@ -420,37 +443,38 @@ def report(tables: list[Table], args: Namespace) -> None:
     common.write_picture(f"{args.to}.png", common.label_panels([panel(row) for row in rows], columns=1))
     judges = {table.name: table.accuracy for table in tables}
     results = dict(samples=args.samples, torch=torch.__version__, judge_accuracy=judges, rows=rows)
-    for suffix, content in dict(md=text, json=json.dumps(results, indent=1) + "\n").items():
+    for suffix, content in (("md", text), ("json", json.dumps(results, indent=1) + "\n")):
         with common.replacing(f"{args.to}.{suffix}") as path:
             path.write_text(content, encoding="utf-8")
     with common.replacing(f"{args.to}.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
-        sheet = csv.DictWriter(file, dict.fromkeys(["dataset", "run", *COLUMNS, *itertools.chain(*rows)]))
-        sheet.writeheader()
-        sheet.writerows(rows)
+        writer = csv.DictWriter(file, dict.fromkeys(["dataset", "run", *COLUMNS, *itertools.chain(*rows)]))
+        writer.writeheader()
+        writer.writerows(rows)
     print(f"compare: written to {args.to}.md, .csv, .json and .png: look at {args.to}.png")
 
 
 def list_trials(script: str, args: Namespace) -> dict[Path, tuple[str, list[str]]]:
-    """A grid's runs: by the folder of each, the values that vary, but for the seed, and all the script's options."""
-    # --lr=1e-4 2e-4 is --lr 1e-4 2e-4
-    words = [part for word in args.words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    parser = common.Parser("compare.py", allow_abbrev=False)
-    for name in dict.fromkeys(word for word in words if word.startswith("--")):
-        if name not in ("--out-dir", "--resume", "--sample", "--evaluate"):
-            parser.add_argument(name, dest=name, nargs=1 if name == "--dataset" else "*")
-    options, others = parser.parse_known_args(words)
-    if others:
+    """A grid's runs by folder: the values that vary, but for the seed, and all the script's options."""
+    options, name = {}, ""
+    for word in args.words:
+        if word.startswith("--"):
+            name, *values = word.split("=", 1)
+            options[name] = values
+        else:
+            options.setdefault(name, []).append(word)
+    own = [name for name in ("--out-dir", "--resume", "--sample", "--evaluate") if name in options]
+    if misplaced := [*options.get("", []), *own, *options.get("--dataset", [])[1:]]:
         rule = "it trains whole runs of its own on one data set: name no others; options must follow the script"
-        raise common.UserError(f"{others[0]!r} has no place in a grid: {rule}")
-    options = vars(options)
+        raise common.UserError(f"{misplaced[0]!r} has no place in a grid: {rule}")
     seeds = options.pop("--seed", ["0"])
-    if args.repeat > 1 and (len(seeds) != 1 or not seeds[0].isdigit()):
-        raise common.UserError("--repeat counts seeds up from one --seed: give a single whole number")
+    if args.repeat > 1:
+        if len(seeds) != 1 or not seeds[0].isdigit():
+            raise common.UserError("--repeat counts seeds up from one --seed: give a single whole number")
+        seeds = [str(int(seeds[0]) + i) for i in range(args.repeat)]
     varied = [name for name, values in options.items() if len(values) > 1]
-    # The last, so that the seeds of a combination follow each other.
-    options["--seed"] = [str(int(seeds[0]) + i) for i in range(args.repeat)] if args.repeat > 1 else seeds
-    where = {"--data-dir": args.data_dir, "--device": args.device}  # they do not make another run
-    where = [word for pair in where.items() if pair[1] not in ("data", "auto") for word in pair]
+    options["--seed"] = seeds  # the last, so that the seeds of a combination follow each other
+    where = [] if args.data_dir == "data" else ["--data-dir", args.data_dir]  # the same run elsewhere
+    where += [] if args.device == "auto" else ["--device", args.device]
     trials = {}
     for values in itertools.product(*(values or [""] for values in options.values())):
         chosen = dict(zip(options, values))
@@ -463,17 +487,21 @@ def list_trials(script: str, args: Namespace) -> dict[Path, tuple[str, list[str]
 
 def train_trials(script: str, trials: dict[Path, tuple[str, list[str]]]) -> None:
     """Train what is not trained yet, one run after the other; takes out the runs that failed."""
-    module = importlib.import_module(script)
-    asked = {folder: module.parse_args(words).epochs for folder, (_, words) in trials.items()}  # a bad option ends it
-    begun = {folder for folder in trials if (folder / "checkpoint.pt").exists()}
-    ended = {folder for folder in begun if common.load_checkpoint(folder, script)["epoch"] >= asked[folder]}
+    module, commands = importlib.import_module(script), {}
+    for folder, (_, words) in trials.items():
+        epochs = module.parse_args(words).epochs  # a bad option ends it here
+        commands[folder] = [sys.executable, module.__file__, *words, "--out-dir", str(folder)]
+        if (folder / "checkpoint.pt").exists():
+            commands[folder].append("--resume")
+            if common.load_checkpoint(folder, script)["epoch"] >= epochs:
+                del commands[folder]
     print(f"compare: a grid of {len(trials)} runs in grids/; interrupted, the same command goes on", flush=True)
-    waiting, start = [folder for folder in trials if folder not in ended], time.monotonic()
-    for i, folder in enumerate(waiting):
-        left = f", {common.clock((time.monotonic() - start) / i * (len(waiting) - i))} left for all" if i else ""
-        print(f"\ncompare: run {i + 1} of {len(waiting)}{left}: {folder.name}", flush=True)
-        words = [*trials[folder][1], "--out-dir", str(folder), *(["--resume"] if folder in begun else [])]
-        if subprocess.run([sys.executable, module.__file__, *words]).returncode:
+    start = time.monotonic()
+    for i, (folder, command) in enumerate(commands.items()):
+        seconds = (time.monotonic() - start) / max(i, 1) * (len(commands) - i)
+        left = f", {common.clock(seconds)} left for all" if i else ""
+        print(f"\ncompare: run {i + 1} of {len(commands)}{left}: {folder.name}", flush=True)
+        if subprocess.run(command).returncode:
             print(f"compare: {folder.name} failed, and is left out")
             del trials[folder]
     if not trials:
@@ -486,24 +514,25 @@ def rank(rows: list[dict], labels: list[str]) -> list[dict]:
     for label in dict.fromkeys(labels):
         seeds = [row for row, own in zip(rows, labels) if own == label]
         figures = {name: [row[name] for row in seeds] for name in COLUMNS if name in seeds[0]}
-        ranked.append(seeds[0] | {"run": label} | {name: statistics.fmean(values) for name, values in figures.items()})
+        row = seeds[0] | {"run": label} | {name: statistics.fmean(values) for name, values in figures.items()}
         if len(seeds) > 1:
-            ranked[-1] |= {f"{name} deviation": statistics.stdev(values) for name, values in figures.items()}
+            row |= {f"{name} deviation": statistics.stdev(values) for name, values in figures.items()}
+        ranked.append(row)
     return sorted(ranked, key=lambda row: row["Frechet"])
 
 
 def run(args: Namespace) -> None:
     """Measure the runs that were named, or train a grid's, rank them and print the command of the best."""
-    compute = common.choose_compute(args)
-    if args.grid is None:
-        # Not all shells expand runs/*.
+    device = common.choose_device(args)
+    autocast = common.choose_autocast(args, device)
+    if args.grid is None:  # not all shells expand runs/*
         folders = [folder for name in args.words for folder in sorted(glob.glob(name)) or [name]]
-        report(compare(folders, args, compute), args)
+        report(compare(folders, args, device, autocast), args)
         return
     script = Path(__file__).with_name(args.grid.removesuffix(".py") + ".py")
     trials = list_trials(script.stem, args)
     train_trials(script.stem, trials)
-    (table,) = compare(list(trials), args, compute)
+    (table,) = compare(list(trials), args, device, autocast)
     table.rows[1:] = rank(table.rows[1:], [label for label, _ in trials.values()])
     report([table], args)
     best = next(words for label, words in trials.values() if label == table.rows[1]["run"])
@@ -532,7 +561,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    common.run_command(run, parse_args(argv))
+    with common.reporting_errors("compare.py"):
+        try:
+            run(parse_args(argv))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted: the same command goes on") from None
 
 
 if __name__ == "__main__":

@@ -28,11 +28,12 @@ def draw_figure(folders: list[str]) -> Image.Image:
     """A grid of samples of each run, all of about one size, under the names of the models."""
     panels = []
     for folder in folders:
-        checkpoint, (_, sampler, _) = common.load_checkpoint(folder), compare.load_run(folder, torch.device("cpu"))
+        _, sampler, _ = compare.load_run(folder, torch.device("cpu"))
         images = common.to_unit(torch.cat([images for images, _ in common.draw(sampler, 64, 0, "cpu")]))
         images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))
         columns = 466 // (images.shape[-1] + 2)  # eight of digits, seven of faces
-        name = importlib.import_module(checkpoint["script"]).__doc__.partition(":")[0]
+        script = common.load_checkpoint(folder)["script"]
+        name = importlib.import_module(script).__doc__.partition(":")[0]
         panels.append((name, common.to_picture(common.grid(images[: columns**2], columns))))
     return common.label_panels(panels, columns=len(panels))
 

@@ -20,7 +20,7 @@ from tests.conftest import write_idx
 
 np = pytest.importorskip("numpy")
 CPU = torch.device("cpu")
-COMPUTE = common.Compute(CPU, "fp32")
+FP32 = torch.autocast("cpu", enabled=False)
 
 
 def noise(*shape, seed=0):
@@ -204,19 +204,19 @@ def test_augmentations():
 
 
 def test_judge_learns_and_is_kept(quick, digits, monkeypatch, capsys):
-    judge = compare.load_judge("digits", digits[0], "data", COMPUTE)
+    file = quick / "data" / "judge-digits.pt"
+    judge = compare.load_judge(file, digits[0], CPU, FP32)
     assert "training the judge" in capsys.readouterr().out
-    features, classes = compare.look(judge, digits[1].images, CPU)
+    features, classes = compare.judge_images(judge, digits[1].images, CPU)
     assert features.shape == (400, 128) and features.dtype == torch.float64
     assert (classes == digits[1].labels).float().mean() > 0.7  # after forty steps
-    again = compare.load_judge("digits", digits[0], "data", COMPUTE)
-    assert not capsys.readouterr().out and torch.equal(compare.look(again, digits[1].images, CPU)[0], features)
-    monkeypatch.setattr(compare, "train_judge", lambda data, compute, steps: judge)
+    again = compare.load_judge(file, digits[0], CPU, FP32)
+    assert not capsys.readouterr().out and torch.equal(compare.judge_images(again, digits[1].images, CPU)[0], features)
+    monkeypatch.setattr(compare, "train_judge", lambda *_: judge)
     (quick / "a-file").touch()
-    compare.load_judge("digits", digits[0], "a-file", COMPUTE)  # a folder that can't be written
+    compare.load_judge(quick / "a-file" / "judge-digits.pt", digits[0], CPU, FP32)  # a folder that can't be written
     assert "the judge is not kept: can't write" in capsys.readouterr().out
     for change in ("images", "settings", "damage"):
-        file = quick / "data" / "judge-digits.pt"
         data = digits[0]
         if change == "images":
             data = common.Data(255 - data.images, data.labels)
@@ -224,7 +224,7 @@ def test_judge_learns_and_is_kept(quick, digits, monkeypatch, capsys):
             monkeypatch.setitem(compare.JUDGE, "lr", 1.0)
         else:
             file.write_bytes(file.read_bytes()[:1000])
-        compare.load_judge("digits", data, "data", COMPUTE)
+        compare.load_judge(file, data, CPU, FP32)
         assert "training the judge" in capsys.readouterr().out, change
 
 
@@ -236,11 +236,11 @@ def test_judge_sees_through_blur_and_dimness():
     assert 0.3 < (specks < 1e-6).float().mean() < 0.7 and specks.max() < 0.52  # 0.3 in 16 pixels
 
 
-@pytest.mark.parametrize("size", [28, 64])
+@pytest.mark.parametrize("size", [28, pytest.param(64, marks=pytest.mark.full)])
 def test_judge_of_images_without_labels(size):
     images = torch.randint(0, 256, (257, 3, size, size), dtype=torch.uint8)
-    judge = compare.train_judge(common.Data(images, None), COMPUTE, steps=2)
-    assert compare.look(judge, images, CPU)[0].shape == (257, 128)
+    judge = compare.train_judge(common.Data(images, None), CPU, FP32, steps=2)
+    assert compare.judge_images(judge, images, CPU)[0].shape == (257, 128)
 
 
 # -------------------------------------------------------------------------------------------- runs and tables
@@ -293,6 +293,7 @@ def test_a_fifth_model_joins_and_every_file_agrees(fifth, quick, capsys):
     folders = [fifth("plain"), fifth("by-class", classes=10), fifth("likelihood", vae=True)]
     compare.main([*map(str, folders), "--samples", "200", "--to", "out/results"])
     text = capsys.readouterr().out
+    assert (quick / "data" / "judge-digits.pt").is_file()
     results = json.loads((quick / "out" / "results.json").read_text(encoding="utf-8"))
     assert results["samples"] == 200 and results["judge_accuracy"]["digits"] > 0.7
     floor, plain, by_class, likelihood = results["rows"]
@@ -340,11 +341,21 @@ def test_folder_runs_are_measured_without_labels(fifth, quick, monkeypatch):
     sampler = common.Sampler(4, lambda z, y=None: common.to_unit(faces[: len(z)]), 1)
     run = ("/elsewhere/faces", 32), sampler, dict(run="faces", parameters=1)
     monkeypatch.setattr(compare, "load_run", lambda *_: run)
+    measure, measured = compare.Table.measure, []
+
+    def remember(table, images, labels):
+        measured.append(images)
+        return measure(table, images, labels)
+
+    monkeypatch.setattr(compare.Table, "measure", remember)
     args = Namespace(samples=60, data_dir="data", to="faces")
-    (table,) = compare.compare(["faces"], args, COMPUTE)
+    (table,) = compare.compare(["faces"], args, CPU, FP32)
     compare.report([table], args)
     floor, row = table.rows
-    assert len(table.images) == len(table.floor.images) == 30
+    assert len(table.images) == len(measured[0]) == 30
+    assert {image.numpy().tobytes() for image in torch.cat([table.images, measured[0]])} == {
+        image.numpy().tobytes() for image in faces
+    }  # one half meets the other
     assert {"Frechet", "precision", "recall", "Wasserstein", "sharpness", "noise", "walk"} < set(row)
     assert not {"classes", "KL [nats]", "agreement"} & set(row) and floor["Wasserstein"] > 0
     assert "elsewhere" not in (quick / "faces.json").read_text()
@@ -415,6 +426,7 @@ def test_grid_lists_every_combination():
     assert list(elsewhere) == list(trials)
 
 
+@pytest.mark.full
 def test_grid_trains_ranks_and_resumes(quick, monkeypatch, capsys):
     commands = []
 
@@ -433,6 +445,7 @@ def test_grid_trains_ranks_and_resumes(quick, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         compare.main(command)
     assert end.value.code == 130 and len(commands) == 2
+    assert "compare.py: interrupted: the same command goes on" in capsys.readouterr().err
     stop = False
     compare.main(command)
     assert len(commands) == 4  # the first two are not trained again
@@ -445,7 +458,7 @@ def test_grid_trains_ranks_and_resumes(quick, monkeypatch, capsys):
     assert rows[1]["Frechet"] < rows[2]["Frechet"] and rows[1]["Frechet deviation"] > 0
     folders = sorted((quick / "grids").iterdir())
     runs = [folder for folder in folders if "lr=1e-3" in folder.name]
-    tables = compare.compare(runs, Namespace(samples=150, data_dir="data"), COMPUTE)
+    tables = compare.compare(runs, Namespace(samples=150, data_dir="data"), CPU, FP32)
     found = np.array([row["Frechet"] for row in tables[0].rows[1:]])
     assert rows[1]["Frechet"] == pytest.approx(found.mean())
     assert rows[1]["Frechet deviation"] == pytest.approx(found.std(ddof=1))
@@ -460,6 +473,7 @@ def test_grid_goes_on_without_a_run_that_failed(quick, monkeypatch, capsys):
     assert end.value.code == 2 and captured.out.count("failed, and is left out") == 2 and "no run" in captured.err
 
 
+@pytest.mark.full
 def test_the_study_trains_what_it_is_asked_to_measures_it_and_draws_it(quick, monkeypatch, capsys):
     write_idx(quick, 200)
     monkeypatch.setattr(compare, "SAMPLES", 100)
