@@ -1,6 +1,7 @@
-"""gan.py: networks, losses, which step moves what, training, sampling, resuming."""
+"""gan.py: networks, losses, which step moves what; what training and sampling leave behind."""
 
 import math
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -10,9 +11,7 @@ from torch.distributions import Bernoulli
 
 import common
 import gan
-from tests.conftest import assert_same_run
-
-CPU = common.Compute(torch.device("cpu"), "fp32")
+from tests.conftest import CPU, FP32
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_step_equals_the_textbook_step():
     images = torch.randint(0, 256, (6, 1, 28, 28), dtype=torch.uint8)
 
     common.seed_everything(3)
-    losses = gan.make_step(args, CPU, networks, optimizers)(images)
+    losses = gan.make_step(args, CPU, FP32, networks, optimizers)(images)
 
     common.seed_everything(3)
     fake = generator(torch.randn(6, args.latent_size))
@@ -106,64 +105,56 @@ def test_step_equals_the_textbook_step():
             torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
-def train(out_dir, *options):
-    gan.main(["--dataset", "digits", "--out-dir", str(out_dir), *map(str, options)])
-
-
-def test_stopped_and_resumed_is_the_unbroken_run(tmp_path):
-    train(tmp_path / "unbroken", "--epochs", 6, "--batch-size", 500)
-    train(tmp_path / "stopped", "--epochs", 3, "--batch-size", 500)
-    train(tmp_path / "stopped", "--epochs", 6, "--resume")
-    assert (tmp_path / "stopped/progress.gif").exists()
-    (tmp_path / "stopped/progress.png").unlink()  # made at the third epoch too
-    train(tmp_path / "stopped", "--resume")  # nothing left to train: the last pictures are made again
-    assert_same_run(tmp_path / "unbroken", tmp_path / "stopped")
-    log = (tmp_path / "unbroken/log.csv").read_text().splitlines()
+def test_training_leaves_a_whole_folder(trainings):
+    run = trainings.finished("gan-guo")
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    pictures = {"losses.png", "real.png", "progress.png", "progress.gif"}
+    assert names == {"checkpoint.pt", "log.csv", "samples/epoch-0001.png", "samples/epoch-0002.png", *pictures}
+    log = (run / "log.csv").read_text().splitlines()
     assert log[0] == "epoch,discriminator loss [nats],generator loss [nats],seconds,images per second"
-    assert len(log) == 7
+    assert [line.split(",")[0] for line in log[1:]] == ["1", "2"]
+    for name in ("real.png", "samples/epoch-0001.png"):
+        assert Image.open(run / name).size == (8 * 30 + 2, (5 if name == "real.png" else 8) * 30 + 2)
+    assert Image.open(run / "progress.gif").n_frames == 2
 
 
-def test_seeds_differ_and_a_new_run_spares_the_old(tmp_path, capsys):
-    for seed in (0, 1):
-        train(tmp_path / "run", "--epochs", 1, "--batch-size", 1000, "--seed", seed)
-    assert "is now" in capsys.readouterr().out
-    first, second = common.load_checkpoint(tmp_path / "run-1"), common.load_checkpoint(tmp_path / "run")
-    assert (first["options"]["seed"], second["options"]["seed"]) == (0, 1)
-    name = "0.weight"
-    assert not torch.equal(first["networks"]["generator"][name], second["networks"]["generator"][name])
+def test_a_new_run_spares_the_old(trainings, tmp_path, capsys):
+    for seed in (0, 1, 2):
+        trainings.train("gan-guo", tmp_path / "run", "--epochs", 1, "--seed", seed)
+    assert f"the run that was in {tmp_path}/run is now {tmp_path}/run-2" in capsys.readouterr().out
+    seeds = {path.name: common.load_checkpoint(path)["options"]["seed"] for path in tmp_path.iterdir()}
+    assert seeds == {"run-1": 0, "run-2": 1, "run": 2}
 
 
-def test_sampling(tmp_path):
-    run = ["--out-dir", str(tmp_path / "run")]
-    train(tmp_path / "run", "--epochs", 1, "--batch-size", 1000)
-    gan.main([*run, "--sample", "10"])
+def test_sampling_to_a_grid_or_a_folder(trainings, tmp_path):
+    shutil.copytree(trainings.finished("gan-guo"), tmp_path / "run")
+    run = ["--out-dir", str(tmp_path / "run"), "--sample"]
+    gan.main([*run, "10"])
     assert Image.open(tmp_path / "run/sample.png").size == (4 * 30 + 2, 3 * 30 + 2)
     for name in ("a", "b"):
-        gan.main([*run, "--sample", "1003", "--to", str(tmp_path / name), "--seed", "7"])
+        gan.main([*run, "503", "--to", str(tmp_path / name), "--seed", "7"])  # more than are drawn at once
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == [f"{i:05}.png" for i in range(1003)]
+    assert files == [f"{i:05}.png" for i in range(503)]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files[::50])
     picture = Image.open(tmp_path / "a/00000.png")
     assert picture.size == (28, 28) and picture.mode == "L"
-    gan.main([*run, "--sample", "5", "--to", str(tmp_path / "c"), "--seed", "8"])
+    gan.main([*run, "5", "--to", str(tmp_path / "c"), "--seed", "8"])
     assert (tmp_path / "c/00000.png").read_bytes() != (tmp_path / "a/00000.png").read_bytes()
 
 
-def test_sampler_gives_pictures_in_range_and_repeats_itself(tmp_path):
-    train(tmp_path / "run", "--epochs", 1, "--batch-size", 1000, "--preset", "banerjee")
-    sampler = gan.load_sampler(common.load_checkpoint(tmp_path / "run", "gan"), torch.device("cpu"))
+def test_sampler_gives_pictures_in_range_and_repeats_itself(trainings):
+    sampler = gan.load_sampler(common.load_checkpoint(trainings.finished("gan-banerjee"), "gan"), CPU)
     latents = torch.randn(4, sampler.latent_size)
     images = sampler.generate(latents)
-    assert images.shape == (4, 1, 28, 28) and 0 <= images.min() <= images.max() <= 1
+    assert images.shape == (4, 1, 28, 28) and 0 <= images.min() <= images.max() <= 1 and not images.requires_grad
     torch.testing.assert_close(sampler.generate(latents[:1]), images[:1])
-    assert sampler.parameters == sum(
-        p.numel() for n in gan.build(Namespace(**gan.PRESETS["banerjee"])).values() for p in n.parameters()
-    )
+    networks = gan.build(Namespace(**gan.PRESETS["banerjee"]))
+    assert sampler.parameters == sum(p.numel() for network in networks.values() for p in network.parameters())
 
 
-def test_learns_the_brightness_of_real_digits(real_data, tmp_path):
-    """An epoch on MNIST brings the generator's mean grey near that of the real images: it starts far away."""
-    gan.main(["--data-dir", str(real_data), "--out-dir", str(tmp_path / "run"), "--epochs", "1"])
-    sampler = gan.load_sampler(common.load_checkpoint(tmp_path / "run"), torch.device("cpu"))
+@pytest.mark.full
+def test_it_learns_the_brightness_of_mnist(real_data, tmp_path):
+    gan.main(["--data-dir", str(real_data), "--out-dir", str(tmp_path), "--epochs", "1"])
+    sampler = gan.load_sampler(common.load_checkpoint(tmp_path), CPU)
     mean = sampler.generate(torch.randn(500, sampler.latent_size)).mean()
     assert 0.03 < mean < 0.3  # MNIST's mean is 0.1307; an untrained generator's is 0.5

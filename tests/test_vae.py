@@ -1,9 +1,6 @@
-"""vae.py: networks, losses, bounds, the step, training and resuming, evaluation, pictures, several processes."""
+"""vae.py: networks, losses, bounds, the step, evaluation, pictures."""
 
 import csv
-import os
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
@@ -13,9 +10,7 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import common
 import vae
-from tests.conftest import ROOT, assert_same_run, write_idx
-
-CPU = common.Compute(torch.device("cpu"), "fp32")
+from tests.conftest import CPU, FP32
 
 
 def make(preset="guo", **changes):
@@ -154,7 +149,7 @@ def test_step_equals_the_textbook_step(preset, beta):
     encoder, decoder = make(preset)[1].values()  # the same seed: the same weights
     images = some_images(8)
     torch.manual_seed(3)
-    losses = vae.make_step(args, CPU, networks, optimizers)(images)
+    losses = vae.make_step(args, CPU, FP32, networks, optimizers)(images)
 
     torch.manual_seed(3)
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=args.lr)
@@ -178,7 +173,7 @@ def test_beta_weighs_the_divergence_in_training_only():
     after = {}
     for beta in (0.0, 20.0):
         args, networks, optimizers = make(beta=beta, lr=1e-3)
-        step, images = vae.make_step(args, CPU, networks, optimizers), some_images(64)
+        step, images = vae.make_step(args, CPU, FP32, networks, optimizers), some_images(64)
         torch.manual_seed(1)
         after[beta] = [step(images) for _ in range(20)]
         torch.manual_seed(2)
@@ -209,68 +204,29 @@ def test_evaluating_has_no_dropout_and_repeats_itself():
     assert 0 <= found[2].min() <= found[2].max() <= 1
 
 
-def train(folder, out_dir, *options):
-    vae.main(["--data-dir", str(folder), "--out-dir", str(out_dir), *map(str, options)])
-
-
 @pytest.mark.parametrize("preset", vae.PRESETS)
-def test_stopped_and_resumed_is_the_unbroken_run(preset, tmp_path):
-    data, run = write_idx(tmp_path), ["--preset", preset, "--batch-size", 20]
-    train(data, tmp_path / "unbroken", *run, "--epochs", 4)
-    train(data, tmp_path / "stopped", *run, "--epochs", 2)
-    train(data, tmp_path / "stopped", "--preset", preset, "--resume", "--epochs", 4)
-    assert_same_run(tmp_path / "unbroken", tmp_path / "stopped")
-    names = {path.name for path in (tmp_path / "stopped").iterdir()}
+def test_training_leaves_its_pictures_and_losses(preset, trainings):
+    run = trainings.finished(f"vae-{preset}")
+    names = {path.name for path in run.iterdir()}
     assert {"reconstructions.png", "latent.png", "losses.png", "samples"} <= names
     assert ("manifold.png" in names) == (preset == "guo")
-    rows = list(csv.DictReader(open(tmp_path / "stopped/log.csv")))
-    assert len(rows) == 4
+    with open(run / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
     for row in rows:
         for split in ("train", "test"):
             parts = [float(row[f"{split} {name} [nats]"]) for name in ("loss", "reconstruction", "KL")]
             assert parts[0] == pytest.approx(parts[1] + parts[2], rel=1e-5)
 
 
-def test_evaluate(tmp_path, capsys):
-    data = write_idx(tmp_path)
-    train(data, tmp_path / "run", "--epochs", 1, "--batch-size", 20)
+def test_evaluate_prints_the_two_bounds_of_a_run(trainings, capsys):
     capsys.readouterr()
     for _ in range(2):
-        train(data, tmp_path / "run", "--evaluate")
+        trainings.main("vae-guo", "--out-dir", trainings.finished("vae-guo"), "--evaluate")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("vae: test ")]
     assert len(lines) == 4 and lines[:2] == lines[2:]  # the same seed, the same figures
     elbo, bound = (float(line.rpartition(" ")[2]) for line in lines[:2])
     assert elbo <= bound < 0
-    for other in (["--resume"], ["--sample", 3]):
-        with pytest.raises(SystemExit) as stop:
-            train(data, tmp_path / "run", "--evaluate", *other)
-        assert stop.value.code == 2 and "--evaluate measures a trained run" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--evaluate"], "train first"),
-        (["--beta", "-1"], "--beta"),
-        (["--beta", "nan"], "--beta"),
-        (["--dataset", "anime"], "--dataset"),
-    ],
-)
-def test_mistakes_get_one_line(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        vae.main(options)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("vae.py: error: ") and message in error
-
-
-def test_beta_is_kept_in_the_run(tmp_path, capsys):
-    data = write_idx(tmp_path)
-    train(data, tmp_path / "run", "--epochs", 1, "--batch-size", 20, "--beta", 3)
-    assert common.load_checkpoint(tmp_path / "run", "vae")["options"]["beta"] == 3.0
-    with pytest.raises(SystemExit):
-        train(data, tmp_path / "run", "--resume", "--epochs", 2, "--beta", 2)
-    assert "--beta" in capsys.readouterr().err
 
 
 def test_manifold_goes_right_with_the_first_latent_and_up_with_the_second():
@@ -301,19 +257,3 @@ def test_latent_map_of_a_collapsed_encoder():
     for parameter in networks["encoder"].parameters():
         torch.nn.init.zeros_(parameter)
     vae.draw_latent_map(networks["encoder"], some_images(10), torch.arange(10))
-
-
-def test_two_processes_train_as_one(tmp_path):
-    data = write_idx(tmp_path, 64)
-    options = ["--data-dir", str(data), "--epochs", "2", "--batch-size", "16", "--device", "cpu", "--precision", "fp32"]
-    train(data, tmp_path / "one", *options[2:])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(ROOT / "vae.py"), *options, "--out-dir", str(tmp_path / "two")]
-    finished = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
-    )
-    assert finished.returncode == 0, finished.stderr
-    one, two = (common.load_checkpoint(tmp_path / name)["history"] for name in ("one", "two"))
-    for name in one[0]:
-        if name.endswith("[nats]"):
-            assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-5)
