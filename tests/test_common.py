@@ -75,21 +75,6 @@ def test_an_epoch_shows_every_image_once_and_drops_what_fills_no_batch():
     assert len(list(common.batches(data, 103))) == 1
 
 
-def test_processes_share_a_batch_and_its_noise(monkeypatch):
-    data = common.Data(torch.arange(12, dtype=torch.uint8).view(-1, 1, 1, 1), None)
-    common.seed_everything(5)
-    whole = [images for images, _ in common.batches(data, 4)], common.randn(4, 3, device="cpu")
-    parts = []
-    for rank in (0, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        common.seed_everything(5)
-        parts.append(([images for images, _ in common.batches(data, 4)], common.randn(2, 3, device="cpu")))
-    for i, batch in enumerate(whole[0]):
-        assert torch.equal(batch, torch.cat([parts[0][0][i], parts[1][0][i]]))
-    assert torch.equal(whole[1], torch.cat([parts[0][1], parts[1][1]]))
-
-
 def test_seed_and_epoch_both_count():
     def drawn(*pair):
         common.seed_everything(*pair)
