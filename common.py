@@ -11,6 +11,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import math
@@ -18,9 +19,11 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import stat
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -34,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 LABELLED = ("mnist", "fashion", "digits")  # data sets of 28x28 grey images in ten classes
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # other readers start programs
 CHECKPOINT_FORMAT = 1
 NOT_KEPT = {"script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint"}
 SAVE_SECONDS = 10  # between two checkpoints, when epochs are shorter
@@ -54,19 +58,50 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
     `sync` waits for the disk, for the case of a power cut. UserError if it is full or read-only.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    made = not path.parent.exists()
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if sync:
             with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+                try:
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                        raise  # else the file system knows no such thing
+        for _ in range(10):
+            with contextlib.suppress(PermissionError):  # on Windows another program may have it open
+                os.replace(temporary, path)
+                return
+            time.sleep(0.1)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+            if made:
+                path.parent.rmdir()  # if it is empty
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder: SQLite locks on every system, until a process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = sqlite3.connect(folder / ".lock", timeout=0)
+    try:
+        lock.execute("PRAGMA journal_mode = MEMORY")  # no second file
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        if "locked" in str(error):
+            way_out = "wait, or name another folder"
+            raise UserError(f"another process writes to {folder}: {way_out}") from error
+        show_line(f"no lock on {folder} ({error}): let no other process write there")
+    try:
+        yield
+    finally:
+        lock.close()
 
 
 def clock(seconds: float) -> str:
@@ -74,28 +109,34 @@ def clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def on_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def show_line(line: str, end: str = "\n") -> None:
     """Print a line, in process 0 alone; on a terminal it replaces an unfinished one, cut to fit."""
-    if sys.stdout.isatty():
+    if on_terminal():
         line = "\r" + (line if end else line[: shutil.get_terminal_size().columns - 1]) + "\x1b[K"
     if rank() == 0:
         print(line, end=end, flush=True)
 
 
 class Progress:
-    """Work done, its rate and the time left, on one line that is rewritten, or now and then a new one."""
+    """Work done, its rate and the time left: a line that is rewritten, or now and then a new one."""
 
     def __init__(self, total: int, unit: str):
-        self.total, self.unit = total, unit
-        self.start = self.shown = time.monotonic()
+        self.total, self.unit, self.start, self.first = total, unit, None, 0
+        self.shown = time.monotonic()
 
     def update(self, done: int, text: str = "") -> None:
-        now, on_terminal = time.monotonic(), sys.stdout.isatty()
-        if now - self.shown > (0.2 if on_terminal else 10):
-            self.shown, rate = now, done / (now - self.start)
-            left = clock((self.total - done) / rate) if rate else "?"
+        now = time.monotonic()
+        if self.start is None:  # the time before the first result tells nothing of the rate
+            self.start, self.first = now, done
+        if now - self.shown > (0.2 if on_terminal() else 10) and done > self.first:
+            self.shown, rate = now, (done - self.first) / (now - self.start)
+            left = clock((self.total - done) / rate)
             line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left"
-            show_line(f"{line} {text}", end="" if on_terminal else "\n")
+            show_line(f"{line} {text}", end="" if on_terminal() else "\n")
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -115,10 +156,22 @@ class Parser(argparse.ArgumentParser):
 def leave(status: int, program: str, message: str) -> NoReturn:
     """End with a status and one line on standard error, whatever names from outside are in it."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    if sys.stdout.isatty():
+    if on_terminal():
         show_line("", end="")  # off the unfinished progress line
     print(f"{program}: {line}", file=sys.stderr, flush=True)
     raise SystemExit(status)
+
+
+def absolute_path(text: str) -> str:
+    return os.path.abspath(os.path.expanduser(text))
+
+
+def labelled_name(text: str) -> str:
+    """An argparse type: the name of a labelled data set."""
+    if text not in LABELLED:
+        why = f"is none of {', '.join(LABELLED)}; folders of images are for dcgan.py"
+        raise argparse.ArgumentTypeError(f"{text!r} {why}")
+    return text
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
@@ -130,7 +183,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     def convert(text: str):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if low <= value <= high and value != math.inf and not (above and value == low):
+            if low <= value <= high and abs(value) < 2**63 and not (above and value == low):
                 return value
         raise argparse.ArgumentTypeError(f"must be {noun}, not {text!r}")
 
@@ -166,14 +219,16 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Nam
     stored, fresh = checkpoint["options"], run_options(args)
     if {k: type(v) for k, v in stored.items()} != {k: type(v) for k, v in fresh.items()}:
         odd = sorted(set(stored) ^ set(fresh)) or "of other types"
-        parser.error(f"the checkpoint is of another version of {script}.py (options {odd}): train anew")
+        parser.error(f"the checkpoint is of another {script}.py (options {odd}): train anew")
     parser.set_defaults(**stored, checkpoint=checkpoint)
     args = parser.parse_args(argv)
     free = {"epochs", "data_dir", "device", "precision"} | (set() if args.resume else {"seed"})
+    if not {args.dataset, stored["dataset"]} & set(LABELLED):
+        free.add("dataset")  # the images may have moved: Run tells whether they are the same
     for name, value in run_options(args).items():
         if value != stored[name] and name not in free:
-            typed = f"--{name.replace('_', '-')} {value}"
-            parser.error(f"{typed} contradicts the checkpoint's {stored[name]}: leave it out, or train anew")
+            typed = f"--{name.replace('_', '-')} {value} contradicts the checkpoint's {stored[name]}"
+            parser.error(f"{typed}: leave it out, or train anew")
     return args
 
 
@@ -188,6 +243,8 @@ def reporting_errors(program: str) -> Iterator[None]:
     program += f" (process {rank()})" if rank() else ""
     with contextlib.suppress(ValueError):  # outside the main thread Python allows no handlers
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(AttributeError):  # a notebook's output, or none at all
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         if dist.is_initialized():
@@ -195,6 +252,9 @@ def reporting_errors(program: str) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         how = "interrupted: a training goes on with --resume, from its last checkpoint"
         leave(130, program, str(interrupt) or how)
+    except BrokenPipeError as error:
+        sys.stdout = None  # nobody reads it any more
+        leave(2, program, f"error: the output was closed: {error.strerror}")
     except (UserError, OSError) as error:
         leave(getattr(error, "status", 2), program, f"error: {error}")
     except (MemoryError, RuntimeError) as error:
@@ -213,16 +273,30 @@ def reporting_errors(program: str) -> Iterator[None]:
 
 def rank() -> int:
     """This process's number under torchrun, else 0. Only process 0 prints and writes."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ["RANK"]) if processes() > 1 else 0
 
 
 def processes() -> int:
     """How many processes torchrun started, else 1."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    names = ("RANK", "MASTER_ADDR", "WORLD_SIZE")
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in names) else 1
+
+
+def check_libraries() -> None:
+    """UserError when a library is too old, or lacks a part that would be missed late."""
+    try:
+        if not hasattr(torch, "accelerator"):
+            raise ImportError(f"torch is older than 2.6: {torch.__version__}")
+        importlib.import_module("torchvision")
+        ImageFont.load_default(size=12)
+    except Exception as error:  # libraries that don't fit each other raise anything
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"{why}: pip install -r requirements.txt mends it") from error
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
     """The device that `--device` names; UserError if it is absent. Joins torchrun's processes."""
+    check_libraries()
     best = "cpu"
     if torch.accelerator.is_available():
         best = torch.accelerator.current_accelerator().type
@@ -255,6 +329,10 @@ def choose_autocast(args: argparse.Namespace, device: torch.device) -> torch.aut
     name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name += f", {processes()} processes" if processes() > 1 else ""
     show_line(f"{args.script}: device {name}; precision {precision} (bf16 {why})")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    if device.type == "cpu" and 1 < torch.get_num_threads() > (os.cpu_count() or 1) - load + 0.5:
+        advice = "OMP_NUM_THREADS=1 is faster beside other work"
+        show_line(f"{args.script}: this machine is busy (load {load:.1f}): {advice}")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -301,7 +379,7 @@ class Dropout2d(nn.Dropout2d):
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum, whose gradient is this process's part, so weighed that apply_gradients averages right."""
+    """The sum. Its gradient reaches this process's part, weighed for apply_gradients' average."""
     if not dist.is_initialized():
         return values
     total = values.detach().clone()
@@ -352,7 +430,7 @@ def distribute(network: nn.Module) -> nn.Module:
 
 
 def capture(step: Callable, device: torch.device) -> Callable:
-    """`step` as one CUDA graph, where that can be; the environment variable CUDA_GRAPH=0 forbids it."""
+    """`step` as one CUDA graph, where that can be unless the environment has CUDA_GRAPH=0."""
     if device.type != "cuda" or os.environ.get("CUDA_GRAPH") == "0":
         return step
     if processes() > 1:
@@ -386,8 +464,8 @@ class GraphedStep:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                why = str(error).splitlines()[0]
-                raise UserError(f"no CUDA graph of a step ({why}): CUDA_GRAPH=0 goes without") from error
+                why = f"a step can't be captured ({str(error).splitlines()[0]})"
+                raise UserError(f"{why}: CUDA_GRAPH=0 in the environment goes without") from error
             self.graph = graph
         for own, part in zip(self.batch, batch):
             own.copy_(part)
@@ -410,6 +488,11 @@ class Data(NamedTuple):
         if device.type != "cuda" or self.images.nbytes >= torch.cuda.mem_get_info(device)[0] // 2:
             return self
         return Data(self.images.to(device), None if self.labels is None else self.labels.to(device))
+
+    def digest(self) -> str:
+        """What tells these images from others, wherever they lie: their shape, a hash of 1,000."""
+        some = self.images[:: -(-len(self.images) // 1000)].cpu().contiguous()
+        return f"{list(self.images.shape)} {hashlib.sha256(some.numpy().tobytes()).hexdigest()}"
 
 
 def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | None = None) -> Data:
@@ -437,32 +520,31 @@ def load_idx(name: str, data_dir: Path, train: bool) -> Data:
 
     kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
     raw, parts = data_dir / kind.__name__ / "raw", ("images-idx3-ubyte", "labels-idx1-ubyte")
-    images_file, labels_file = (raw / f"{'train' if train else 't10k'}-{part}" for part in parts)
-    if not (images_file.exists() and labels_file.exists()):
+    files = [raw / f"{'train' if train else 't10k'}-{part}" for part in parts]
+    nested = [file / file.name for file in files]  # as some programs unpack them
+    files = nested if all(file.is_file() for file in nested) else files
+    if not all(file.exists() for file in files):
         show_line(f"downloading {kind.__name__} to {raw}")
         try:
             kind(data_dir, download=True)
-        except (OSError, RuntimeError) as error:
-            cause = str(error).strip().splitlines()[-1]
+        except Exception as error:  # whatever a server's answer leads to
+            cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
             names = ", ".join(f"{split}-{part}" for split in ("train", "t10k") for part in parts)
             way_out = f"put {names} into {raw}, or try --dataset digits, which needs none"
             raise UserError(f"{kind.__name__} can't be downloaded ({cause}): {way_out}") from error
     try:
-        images = datasets.mnist.read_image_file(str(images_file))
-        labels = datasets.mnist.read_label_file(str(labels_file))
+        images = datasets.mnist.read_image_file(str(files[0]))
+        labels = datasets.mnist.read_label_file(str(files[1]))
         if images.shape != (len(labels), 28, 28) or labels.max() > 9:  # of no labels an error
             raise ValueError
-    except (AssertionError, ValueError, RuntimeError, KeyError, IndexError, OSError) as error:
+    except Exception as error:  # damaged files raise whatever their bytes lead to
         way_out = "delete both, and they are fetched again"
-        raise UserError(f"{images_file} or its labels are damaged: {way_out}") from error
+        raise UserError(f"{files[0]} or its labels are damaged: {way_out}") from error
     return Data(images[:, None], labels.long())
 
 
 def draw_digits(train: bool = True) -> Data:
-    """Digits in Pillow's own font, turned, slanted and sized at random: 10,000, or 2,000 for tests.
-
-    Always the same pictures, made in a few seconds: for trying things out without a download.
-    """
+    """Digits in Pillow's own font, turned, slanted and sized at random; always the same pictures."""
     count, seed = (10_000, "digits") if train else (2_000, "digits, test")
     chance = random.Random(seed)
     font = ImageFont.load_default(size=64)
@@ -490,9 +572,6 @@ def draw_digits(train: bool = True) -> Data:
     return Data(images, torch.tensor(labels))
 
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # some of Pillow's other readers start programs
-
-
 def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
     """The images under `folder`, flat or nested, as uint8 (N, 3, size, size), mapped from a cache.
 
@@ -505,7 +584,8 @@ def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
         raise UserError(f"there is no folder {folder} ({hint})")
     names, digest = list_files(folder)
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
-    cache = data_dir / f"{folder.name}-{place}-{digest}-{size}.images"
+    own = folder.name.encode(errors="replace").decode()
+    cache = data_dir / f"{own}-{place}-{digest}-{size}.images"
     found = next(data_dir.glob(f"*-{digest}-{size}.images"), None)  # made here, or before a move
     if found:
         cache, count, told = found, found.stat().st_size // (3 * size * size), " (cached)"
@@ -518,8 +598,15 @@ def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
                 if earlier != cache:
                     earlier.unlink()
     show_line(f"{count:,} images in {folder}{told}")
-    pixels = torch.from_file(str(cache), size=count * 3 * size * size, dtype=torch.uint8)
-    return pixels.view(count, 3, size, size)
+    return map_file(cache, count * 3 * size * size).view(count, 3, size, size)
+
+
+def map_file(path: Path, size: int, shared: bool = False) -> Tensor:
+    """A file's first bytes, mapped: uint8 (size,). What is written there stands in the file if `shared`."""
+    try:
+        return torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise UserError(f"{path} can't be mapped: {str(error).splitlines()[0]}") from error
 
 
 def list_files(folder: Path) -> tuple[list[str], str]:
@@ -528,11 +615,15 @@ def list_files(folder: Path) -> tuple[list[str], str]:
     def fail(error: OSError):
         raise UserError(f"can't read {error.filename}: {error.strerror}") from error
 
-    files = []
-    for directory, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = fnmatch.filter(folders, "[!.]*")  # those that are walked
+    files, seen = [], set()
+    for directory, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (place := os.path.realpath(directory)) in seen:  # by a link: perhaps to where we are
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(fnmatch.filter(folders, "[!.]*"))  # those that are walked
         for path in (os.path.join(directory, name) for name in fnmatch.filter(names, "[!.]*")):
-            with contextlib.suppress(FileNotFoundError):  # removed by now, or a link to nothing
+            with contextlib.suppress(OSError):  # removed by now, or a link to nothing or to itself
                 status = os.stat(path)
                 if stat.S_ISREG(status.st_mode) and not path.endswith(".images"):
                     name = os.path.relpath(path, folder)
@@ -556,18 +647,18 @@ def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple
         with open(temporary, "wb") as file:
             if hasattr(os, "posix_fallocate"):  # on a mapped page a full disk is a signal
                 os.posix_fallocate(file.fileno(), 0, max(1, len(names)) * length)
-        whole = len(names) * length
-        pixels = torch.from_file(str(temporary), shared=True, size=whole, dtype=torch.uint8)
-        for name, picture in zip(names, map_in_workers(decode, names, len(names) // 256)):
+        pixels = map_file(temporary, len(names) * length, shared=True)
+        decoded = map_in_workers(decode, names, len(names) // 256)
+        for i, (name, picture) in enumerate(zip(names, decoded)):
             if isinstance(picture, OSError):
                 raise UserError(f"can't read {folder / name}: {picture.strerror}")
             if isinstance(picture, str):
                 skipped.append(f"{name} ({picture})")
-            else:
+            elif picture is not None:
                 image = torch.frombuffer(picture, dtype=torch.uint8)
                 pixels[count * length : (count + 1) * length] = image
                 count += 1
-            progress.update(count + len(skipped))
+            progress.update(i + 1)
         first = "".join(c if c.isprintable() else "?" for c in ", ".join(skipped[:3]))
         if not count:
             what = f"{len(names):,} files, none a usable image: {first}" if names else "no file"
@@ -582,48 +673,107 @@ def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
     """All results, in order, of function(part) -> list for parts of `items`, in up to 8 processes."""
     workers = min(workers, os.cpu_count() or 1, 8)  # each holds the libraries: about 0.2 GB
     how = dict(num_workers=workers, multiprocessing_context="spawn") if workers else {}
+    loader = DataLoader(items, 16, collate_fn=function, **how)
+    with contextlib.suppress(ValueError):  # so that Ctrl-C ends this process alone, which ends them
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        loader = iter(loader)
+        signal.signal(signal.SIGINT, handler)
     try:
-        for results in DataLoader(items, 16, collate_fn=function, **how):
+        for results in loader:
             yield from results
     except RuntimeError as error:
         raise UserError(f"lost a process that decodes, perhaps for want of memory: {error}") from error
 
 
-def decode_files(names: list[str], folder: Path, size: int) -> list[bytearray | str | OSError]:
-    """Of each file 3 x size x size pixels, or why it is no image, or why it can't be read now."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # before the pixels are read
-        return [decode_file(folder / name, size) for name in names]
+def decode_files(names: list[str], folder: Path, size: int) -> list:
+    return [decode_file(folder / name, size) for name in names]
 
 
-def decode_file(path: Path, size: int) -> bytearray | str | OSError:
+def decode_file(path: Path, size: int) -> bytearray | str | OSError | None:
+    """Pixels, 3 x size x size, or why there are none, or why not now; None for a file of another kind."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded to a fraction
-            image.load()
-            image = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
+        image = ImageOps.fit(open_picture(path, size), (size, size), Image.Resampling.BICUBIC)
         return bytearray().join(band.tobytes() for band in image.split())
-    except Image.UnidentifiedImageError:
-        return "no image" if path.stat().st_size else "empty"
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        return "too large"
     except MemoryError:
         return OSError(errno.ENOMEM, "out of memory")
-    except Exception as error:  # a damaged file raises whatever its bytes lead to
-        passing = isinstance(error, OSError) and error.errno
-        return error if passing else f"damaged: {error}"[:80]
+    except OSError as error:
+        return error
+    except ValueError as error:
+        if str(error) != "no image":
+            return str(error)[:80]
+    if kind and kind not in IMAGE_FORMATS:
+        return f"{kind} is not read"
+    return "no image" if kind or not path.suffix else None
+
+
+def open_picture(source: Path | bytes, size: int = 0) -> Image.Image:
+    """A picture by its content, whatever its name, as RGB; a large JPEG at about twice `size`.
+
+    Raises ValueError that says why there is none, OSError when the file can't be read now.
+    """
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # before pixels are read
+        file = stack.enter_context(io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb"))
+        is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
+        try:
+            return decode_picture(file, size)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise ValueError("too large") from None
+        except Image.UnidentifiedImageError:
+            raise ValueError("no image" if file.seek(0, os.SEEK_END) else "empty") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file raises whatever its bytes lead to
+            if isinstance(error, OSError) and error.errno:
+                raise
+            reason = f"damaged: {error}"
+        if is_png:  # a text or profile of any size or damage does not condemn the pixels
+            with contextlib.suppress(Exception):
+                return decode_picture(without_metadata(file), size)
+        raise ValueError(reason)
+
+
+def decode_picture(file: io.IOBase, size: int) -> Image.Image:
+    file.seek(0)
+    Image.init()
+    image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+    if size:
+        image.draft(None, (2 * size, 2 * size))
+    image.load()
+    return to_rgb(image)
+
+
+def without_metadata(png: io.IOBase) -> io.BytesIO:
+    """A PNG of nothing but its pixels."""
+    png.seek(8)
+    kept = b"\x89PNG\r\n\x1a\n"
+    while head := png.read(8):
+        chunk = head + png.read(int.from_bytes(head[:4], "big") + 4)
+        if head[4:] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept += chunk
+    return io.BytesIO(kept)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB: upright, 16 bits as 8, transparency over white."""
+    """A picture of any mode as RGB: upright, in sRGB, 16 bits as 8, transparency over white."""
     with contextlib.suppress(Exception):  # damaged EXIF data do not damage the picture
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    profile = image.info.get("icc_profile")
+    if profile and image.mode in ("RGB", "CMYK"):
+        with contextlib.suppress(Exception):  # nor do damaged profiles, or a Pillow that reads none
+            from PIL import ImageCms
+
+            own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            if "srgb" not in ImageCms.getProfileDescription(own).lower():
+                image = ImageCms.profileToProfile(image, own, srgb, outputMode="RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.getextrema()[3] != (0, 0):  # where nothing would be seen, alpha is not used
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -676,10 +826,12 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
 
 
 def to_picture(image: Tensor | Image.Image) -> Image.Image:
-    """A float (C, H, W) in [0, 1] as a Pillow image, grey for one channel."""
+    """A float (C, H, W) in [0, 1], or its uint8, as a Pillow image, grey for one channel."""
     from torchvision.transforms.functional import to_pil_image
 
-    return image if isinstance(image, Image.Image) else to_pil_image(to_bytes(image))
+    if isinstance(image, Image.Image):
+        return image
+    return to_pil_image(image if image.dtype == torch.uint8 else to_bytes(image))
 
 
 def show_in_notebook(picture: Image.Image, **options) -> None:
@@ -698,7 +850,7 @@ def write_picture(path: str | Path, image: Tensor | Image.Image) -> None:
 
 def write_gif(path: str | Path, frames: list[Image.Image]) -> None:
     """An endless animation that rests on its last frame; few colours keep it small."""
-    frames = [frame.quantize(16 if frame.mode == "L" else 64) for frame in frames]
+    frames = [frame.quantize(16 if frame.mode == "L" else 256) for frame in frames]
     milliseconds = [150] * (len(frames) - 1) + [2000]
     how = dict(save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     with replacing(path) as temporary:
@@ -812,7 +964,7 @@ def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
         raise UserError(f"{path} is {why}") from error
     parts = dict(format=int, script=str, options=dict, epoch=int, networks=dict, optimizers=dict)
     types = {k: type(v) for k, v in checkpoint.items()} if isinstance(checkpoint, dict) else {}
-    if types != parts | dict(history=list) or checkpoint["format"] != CHECKPOINT_FORMAT:
+    if types | dict(data=str) != parts | dict(history=list, data=str) or checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is no checkpoint of this version: train anew")
     own = checkpoint["script"]
     if script is not None and own != script:
@@ -840,12 +992,16 @@ def restore(parts: dict, states: dict) -> None:
 
 
 class Run:
-    """The record of a training, in its folder: log, curves, pictures, checkpoint, animation."""
+    """The record of a training, in its folder: log, curves, pictures, checkpoint, animation.
+
+    The folder is locked until `close`. Only the checkpoint must be written: a log or a picture that
+    can't be is one warning.
+    """
 
     def __init__(self, args: argparse.Namespace, data: Data):
         self.args, self.folder, count = args, Path(args.out_dir), len(data.images)
         self.history = list(args.checkpoint["history"]) if args.checkpoint else []
-        self.steps, self.losses, self.displayed = count // args.batch_size, [], False
+        self.steps, self.losses, self.warned, self.data = count // args.batch_size, [], set(), data.digest()
         self.saved, self.saved_at = len(self.history), -math.inf  # the last saved epoch, and when
         if self.saved > args.epochs:
             raise UserError(f"the run has {self.saved} epochs already, --epochs asks for {args.epochs}")
@@ -855,31 +1011,57 @@ class Run:
             raise UserError(f"{batch} is larger than the data: {size}")
         if args.batch_size % processes():
             raise UserError(f"{batch} can't be shared evenly by {processes()} processes")
+        if args.checkpoint and args.checkpoint.get("data", self.data) != self.data:
+            if args.dataset != args.checkpoint["options"]["dataset"]:
+                raise UserError(f"--dataset {args.dataset} holds other images than the run's: train anew")
+            show_line(f"{args.script}: {args.dataset} has changed since the checkpoint: {count:,} images now")
+        self.resources = contextlib.ExitStack()
         if rank() == 0:
             self.open_folder(data.images)
         self.started = self.shown = time.perf_counter()
 
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.resources.close()
+
     def open_folder(self, images: Tensor) -> None:
-        """Move a run in the way aside, clear what a kill left half written, and draw real images."""
+        """Lock it, move a run in the way aside, clear what a kill left half written, draw real images."""
         args, folder = self.args, self.folder
+        fresh = not folder.exists() or not any(folder.iterdir())
+        ours = (folder / ".made").exists() or not (folder / ".lock").exists()  # not the user's own
+        self.resources.enter_context(locked(folder))
         if args.checkpoint is None and (folder / "checkpoint.pt").exists():
+            load_checkpoint(folder)  # UserError if it is another program's
+            if not ours or Path.cwd().is_relative_to(folder.resolve()):
+                way_out = "--resume goes on with it, --out-dir names another folder"
+                raise UserError(f"{folder} holds a run, and is not moved aside: {way_out}")
+            if os.name == "nt":  # which renames no folder of an open file
+                self.resources.close()
             names = (f"{folder.name}-{i}" for i in itertools.count(1))
             aside = next(path for path in map(folder.with_name, names) if not path.exists())
             folder.rename(aside)
+            self.resources.close()
+            self.resources.enter_context(locked(folder))
+            fresh = True
             earlier = f"the run that was in {folder} is now {aside}"
             show_line(f"{args.script}: {earlier}; --resume would have continued it")
-        for leftover in (*folder.glob(".*.tmp"), *folder.glob("samples/.*.tmp")):
+        if fresh:
+            (folder / ".made").touch()
+        ours = f".*.{'[0-9a-f]' * 12}.tmp"
+        for leftover in (*folder.glob(ours), *folder.glob(f"samples/{ours}")):
             leftover.unlink(missing_ok=True)
         size = f"{len(images):,} images, {self.steps} steps an epoch"
         show_line(f"{args.script}: {args.preset} on {args.dataset}, {size}")
-        write_picture(folder / "real.png", grid(to_unit(images[:64].cpu())))
+        self.save_picture("real.png", grid(to_unit(images[:64].cpu())))
 
     def log(self, losses: dict[str, Tensor]) -> None:
         """Keep a step's losses, without waiting for the device. Names carry units: "loss [nats]"."""
         self.names = list(losses)
         self.losses.append(torch.stack([loss.detach() for loss in losses.values()]))
         now = time.perf_counter()
-        if now - self.shown > 0.5 and sys.stdout.isatty() and rank() == 0:
+        if now - self.shown > 0.5 and on_terminal() and rank() == 0:
             self.shown = now
             self.show(dict(zip(self.names, self.losses[-1].tolist())), end="")
 
@@ -892,7 +1074,8 @@ class Run:
         left = clock(each * (total - epoch) + whole - seconds)
         shown = "  ".join(f"{k.partition(' [')[0]} {v:.4g}" for k, v in figures.items())
         rate = f"{done * self.args.batch_size / seconds:,.0f} images/s"
-        show_line(f"epoch {epoch:>{len(str(total))}}/{total}  {shown}  {rate}  {left} left", end)
+        # The losses last: on a narrow terminal the line's end is cut off.
+        show_line(f"epoch {epoch:>{len(str(total))}}/{total}  {left} left  {rate}  {shown}", end)
 
     def end_epoch(self, figures: dict[str, float] | None = None) -> None:
         """Keep the epoch's mean losses and more `figures`. UserError if a loss is not finite."""
@@ -905,10 +1088,14 @@ class Run:
         for step, column in (~losses.isfinite()).nonzero().tolist():
             what = f"{self.names[column]} is {losses[step, column]:g}"
             self.fail(f"{what} in epoch {epoch}, step {step + 1}")
+        for name in (name for name, value in figures.items() if not math.isfinite(value)):
+            self.fail(f"{name} is {figures[name]:g} after epoch {epoch}")
         means = dict(zip(self.names, losses.mean(0).tolist()))
         seconds = time.perf_counter() - self.started
         rate = len(losses) * self.args.batch_size / seconds
         self.show(means | {k: v for k, v in figures.items() if k.startswith("test loss")})
+        if self.history and seconds > 2.5 * min(row["seconds"] for row in self.history) + 1:
+            self.warn("slow", "this epoch took 2.5 times the fastest: other work wants the cores or threads")
         times = {"seconds": round(seconds, 3), "images per second": round(rate, 1)}
         self.history.append({"epoch": epoch, **means, **figures, **times})
         self.losses = []
@@ -919,23 +1106,31 @@ class Run:
             kept = f"the checkpoint of epoch {self.saved} is kept"
         raise UserError(f"{fault}: {kept}; a lower --lr may help")
 
+    def warn(self, about: str, message: str | Exception) -> None:
+        if about not in self.warned:
+            show_line(f"{self.args.script}: warning: {message}")
+        self.warned.add(about)
+
     def save_samples(self, images: Tensor) -> None:
         """The epoch's picture of the fixed latents, (N, C, H, W) in [0, 1]; a notebook shows it."""
-        picture = to_picture(grid(images))
+        picture, name = to_picture(grid(images)), f"samples {id(self)}"
         self.save_picture(f"samples/epoch-{len(self.history):04}.png", picture)
-        show_in_notebook(picture, display_id=f"samples {id(self)}", update=self.displayed)
-        self.displayed = True
+        show_in_notebook(picture, display_id=name, update=name in self.warned)
+        self.warned.add(name)
 
     def save_picture(self, name: str, image: Tensor | Image.Image) -> None:
         """A picture of the model's own: float (C, H, W) in [0, 1] or a Pillow image."""
         if rank() == 0:
-            write_picture(self.folder / name, image)
+            try:
+                write_picture(self.folder / name, image)
+            except UserError as error:
+                self.warn(Path(name).parts[0], error)
 
     def save(self, networks: dict[str, nn.Module], optimizers: dict) -> None:
-        """Write log, curves and checkpoint, if this is the last epoch or ten seconds have passed.
+        """Write checkpoint, log and curves, if this is the last epoch or ten seconds have passed.
 
-        The checkpoint comes last: it is what a resumed run believes. It holds tensors, numbers and
-        strings alone, so that it loads without running code. UserError if a weight is not finite.
+        The checkpoint holds tensors, numbers and strings alone, so that it loads without running
+        code. UserError if a weight is not finite.
         """
         epoch = len(self.history)
         if epoch == self.args.epochs or time.perf_counter() - self.saved_at > SAVE_SECONDS:
@@ -945,40 +1140,52 @@ class Run:
                 if not all(tensor.isfinite().all() for tensor in state.values()):
                     self.fail(f"the {name} has weights that are not finite after epoch {epoch}")
             if rank() == 0:
-                self.write_log()
                 own = dict(script=self.args.script, options=run_options(self.args), epoch=epoch)
+                own |= dict(format=CHECKPOINT_FORMAT, history=self.history, data=self.data)
                 buffer = io.BytesIO()  # torch.save's own file errors hide the reason
-                torch.save(dict(format=CHECKPOINT_FORMAT, **own, **states, history=self.history), buffer)
+                torch.save(own | states, buffer)
                 with replacing(self.folder / "checkpoint.pt") as temporary:
                     temporary.write_bytes(buffer.getbuffer())
+                try:
+                    self.write_log()
+                except UserError as error:
+                    self.warn("log.csv", error)
             self.saved, self.saved_at = epoch, time.perf_counter()
         self.started = time.perf_counter()
 
     def write_log(self) -> None:
         path, rows = self.folder / "log.csv", self.history
-        with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[-1]))
             writer.writeheader()
             writer.writerows(rows)
         _, *names, _, _ = rows[-1]  # without the epoch and the times
         curves = {name: [row[name] for row in rows] for name in names}
-        write_picture(self.folder / "losses.png", plot_lines(curves, "epoch", "loss"))
+        self.save_picture("losses.png", plot_lines(curves, "epoch", "loss"))
 
     def finish(self) -> None:
         """The four-panel figure, the animation, and the last line."""
         if rank() > 0:
             return
-        total = self.args.epochs
+        total, pictures = self.args.epochs, {}
         quarters = {max(1, round(total * part / 4)) for part in (1, 2, 3, 4)}
         moments = {1 + round(i * (total - 1) / 39) for i in range(40)}
-        paths = {i: self.folder / f"samples/epoch-{i:04}.png" for i in sorted(quarters | moments)}
-        pictures = {epoch: Image.open(path) for epoch, path in paths.items() if path.exists()}
+        for epoch in sorted(quarters | moments):
+            path = self.folder / f"samples/epoch-{epoch:04}.png"
+            try:
+                with Image.open(path) as picture:
+                    pictures[epoch] = picture.copy()
+            except (OSError, SyntaxError) as error:
+                self.warn("samples", f"{path} can't be read: {error}")
         panels = [(f"Epoch {epoch}", pictures[epoch]) for epoch in pictures if epoch in quarters]
         frames = [pictures[epoch] for epoch in pictures if epoch in moments]
         figure = self.folder / "progress.png"
         if panels and frames:
-            write_picture(figure, label_panels(panels))
-            write_gif(self.folder / "progress.gif", frames)
+            self.save_picture(figure.name, label_panels(panels))
+            try:
+                write_gif(self.folder / "progress.gif", frames)
+            except UserError as error:
+                self.warn("progress.gif", error)
         show_line(f"{self.args.script}: done, pictures in {self.folder}: look at {figure}")
 
 
@@ -1000,7 +1207,8 @@ class Sampler(NamedTuple):
 def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = None) -> Iterator:
     """`count` samples in chunks: uint8 (n, C, H, W) on the CPU; labels (n,), in turn, or None."""
     generator = torch.Generator().manual_seed(seed)
-    for numbers in torch.arange(count).split(500):
+    for start in range(0, count, 500):
+        numbers = torch.arange(start, min(start + 500, count))
         latents = torch.randn(500, sampler.latent_size, generator=generator)
         latents = latents[: len(numbers)].to(device)
         labels = None
@@ -1014,33 +1222,39 @@ def sample(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> 
     """--sample N --to PATH: a grid if its name ends in .png, else a folder with a PNG an image."""
     target, count = Path(args.to or Path(args.out_dir, "sample.png")), args.sample
     as_grid = target.suffix.lower() == ".png"
-    if target.suffix.lower() in (".jpg", ".jpeg", ".gif", ".webp", ".bmp"):
+    if not as_grid and not target.is_dir() and target.suffix.lower() in Image.registered_extensions():
         raise UserError(f"--to {target}: a grid is a PNG: give a name that ends in .png, or a folder")
     if target.exists() and target.is_dir() == as_grid:
         raise UserError(f"--to {target}: there is a {'folder' if as_grid else 'file'} of that name")
     if as_grid and count > 10_000:
         raise UserError("a grid shows at most 10,000 images: --to FOLDER writes any number")
-    chunks = draw(sampler, count, args.seed, device, getattr(args, "label", None))
-    if as_grid:
-        images = to_unit(torch.cat([images for images, _ in chunks]))
-        picture = to_picture(grid(images, columns=math.ceil(math.sqrt(count))))
-        write_picture(target, picture)
-        show_in_notebook(picture)
-    else:
-        write_folder(target, chunks, count)
-    show_line(f"{args.script}: {count:,} images in {target}")
+    label = getattr(args, "label", None)
+    chunks, digits, written = draw(sampler, count, args.seed, device, label), max(5, len(str(count - 1))), 0
 
+    def name(i: int) -> str:
+        """00000.png and on; labelled images in a sub-folder a class."""
+        kind = i % sampler.classes if sampler.classes and label is None else label
+        return f"{i:0{digits}}.png" if kind is None else os.path.join(str(kind), f"{i:0{digits}}.png")
 
-def write_folder(folder: Path, chunks: Iterator, count: int) -> None:
-    """One PNG an image, 00000.png and on; labelled images in a sub-folder a class."""
-    names = [f"{i:0{max(5, len(str(count - 1)))}}.png" for i in range(count)]
-    if others := {path.name for path in folder.rglob("*.png")} - set(names):
-        why = "they would mix with the samples"
-        raise UserError(f"--to {folder} holds other images, such as {min(others)}: {why}")
-    written, progress = 0, Progress(count, "images")
-    for images, labels in chunks:
-        for i, image in enumerate(images):
-            place = folder if labels is None else folder / str(int(labels[i]))
-            write_picture(place / names[written], to_unit(image))
+    for path in target.rglob("*"):
+        known = path.stem.isdecimal() and int(path.stem) < count and target / name(int(path.stem)) == path
+        if not known and not path.is_dir():
+            raise UserError(f"--to {target} holds other files, such as {path.name}: name an empty folder")
+    progress, picture, columns = Progress(count, "images"), None, math.ceil(math.sqrt(count))
+    for images, _ in chunks:
+        for image in map(to_picture, images):
+            if as_grid:
+                width, height = image.width + 2, image.height + 2
+                if picture is None:
+                    size = columns * width + 2, -(-count // columns) * height + 2
+                    picture = Image.new(image.mode, size)
+                place = written % columns * width + 2, written // columns * height + 2
+                picture.paste(image, place)
+            else:
+                write_picture(target / name(written), image)
             written += 1
         progress.update(written)
+    if picture:
+        write_picture(target, picture)
+        show_in_notebook(picture)
+    show_line(f"{args.script}: {count:,} images in {target}; another --seed draws others")

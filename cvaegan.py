@@ -53,7 +53,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import common
+try:
+    import common
+except ModuleNotFoundError as error:
+    raise SystemExit(f"cvaegan.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
 
 CLASSES = 10
 FEATURES = 128  # inputs of the last layer of the discriminator and of the classifier
@@ -297,20 +300,20 @@ def train(args: Namespace) -> None:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
 
-    run = common.Run(args, data)
-    step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
-    for epoch in range(len(run.history) + 1, args.epochs + 1):
-        common.seed_everything(args.seed, epoch)  # so that a resumed run is the run that was never stopped
-        for network in networks.values():
-            network.train()
-        for images, labels in common.batches(data, args.batch_size, device):
-            run.log(step(images, labels))
-        run.end_epoch()
-        run.save_samples(draw_classes(networks, args, columns=8))
-        run.save(networks, optimizers)
-    if common.rank() == 0:
-        save_pictures(args, networks)
-    run.finish()
+    with common.Run(args, data) as run:
+        step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
+        for epoch in range(len(run.history) + 1, args.epochs + 1):
+            common.seed_everything(args.seed, epoch)  # so that a resumed run is the run that was never stopped
+            for network in networks.values():
+                network.train()
+            for images, labels in common.batches(data, args.batch_size, device):
+                run.log(step(images, labels))
+            run.end_epoch()
+            run.save_samples(draw_classes(networks, args, columns=8))
+            run.save(networks, optimizers)
+        if common.rank() == 0:
+            save_pictures(args, networks)
+        run.finish()
 
 
 @torch.no_grad()
@@ -407,9 +410,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     count, rate = common.number(int, 1), common.number(float, 0, above=True)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
-    add("--dataset", choices=common.LABELLED, default="mnist", help="digits needs no download (mnist)")
-    add("--data-dir", metavar="DIR", type=os.path.abspath, default="data", help="folder of the data sets (data)")
-    add("--out-dir", metavar="DIR", help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
+    names = "mnist, fashion, or digits, which needs no download (mnist)"
+    add("--dataset", metavar="NAME", type=common.labelled_name, default="mnist", help=names)
+    add("--data-dir", metavar="DIR", type=common.absolute_path, default="data", help="folder of the data sets (data)")
+    add("--out-dir", metavar="DIR", type=os.path.expanduser, help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
     add("--epochs", metavar="N", type=count, help="passes over the images (guo 200)")
     add("--batch-size", metavar="N", type=count, help="images a step (guo 128)")
     add("--lr", metavar="RATE", type=rate, help="Adam's learning rate (guo 1e-4)")
@@ -418,7 +422,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
     add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
     add("--sample", metavar="N", type=count, help="draw N images from the run's checkpoint and end")
-    add("--to", metavar="PATH", help="where --sample writes: a grid (NAME.png) or a folder of images")
+    add(
+        "--to",
+        metavar="PATH",
+        type=os.path.expanduser,
+        help="where --sample writes: a grid (NAME.png) or a folder of images",
+    )
     add = parser.add_argument_group("CVAE-GAN").add_argument
     add("--weights", choices=list(WEIGHTS), help="weights of the losses: a column of the table above (guo ours)")
     add("--label", metavar="K", type=common.number(int, 0, CLASSES - 1), help="--sample only class K, 0 to 9")

@@ -24,13 +24,17 @@ Frechet distance after the reports' epochs: 7.5 on MNIST (all ten digits), 19.7 
 
 import os
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-import common
+try:
+    import common
+except ModuleNotFoundError as error:
+    raise SystemExit(f"dcgan.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
 
 PRESETS = {
     "guo": dict(
@@ -223,20 +227,20 @@ def train(args: Namespace) -> None:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
 
-    run = common.Run(args, data)
-    step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
-    for epoch in range(len(run.history) + 1, args.epochs + 1):
-        common.seed_everything(args.seed, epoch)  # so that a resumed run is the run that was never stopped
-        for network in networks.values():
-            network.train()
-        for images, _ in common.batches(data, args.batch_size, device):
-            run.log(step(images))
-            if args.ema:
-                networks["average"].update_parameters(networks["generator"])
-        run.end_epoch()
-        run.save_samples(generate(networks, fixed_latents))
-        run.save(networks, optimizers)
-    run.finish()
+    with common.Run(args, data) as run:
+        step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
+        for epoch in range(len(run.history) + 1, args.epochs + 1):
+            common.seed_everything(args.seed, epoch)  # so that a resumed run is the run that was never stopped
+            for network in networks.values():
+                network.train()
+            for images, _ in common.batches(data, args.batch_size, device):
+                run.log(step(images))
+                if args.ema:
+                    networks["average"].update_parameters(networks["generator"])
+            run.end_epoch()
+            run.save_samples(generate(networks, fixed_latents))
+            run.save(networks, optimizers)
+        run.finish()
 
 
 @torch.no_grad()
@@ -267,7 +271,7 @@ def sample(args: Namespace) -> None:
 
 
 def name_or_folder(dataset: str) -> str:
-    return dataset if dataset in (*common.LABELLED, "anime") else os.path.abspath(dataset)
+    return dataset if dataset in (*common.LABELLED, "anime") else common.absolute_path(dataset)
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -277,8 +281,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
     names = f"{', '.join(common.LABELLED)}, anime (DATA_DIR/anime) or a folder of images (mnist)"
     add("--dataset", metavar="NAME", type=name_or_folder, default="mnist", help=names)
-    add("--data-dir", metavar="DIR", type=os.path.abspath, default="data", help="folder of the data sets (data)")
-    add("--out-dir", metavar="DIR", help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
+    add("--data-dir", metavar="DIR", type=common.absolute_path, default="data", help="folder of the data sets (data)")
+    add("--out-dir", metavar="DIR", type=os.path.expanduser, help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
     add("--epochs", metavar="N", type=count, help="passes over the images (guo 100, folders 50, banerjee 100)")
     add("--batch-size", metavar="N", type=count, help="images a step (guo 128, banerjee 128)")
     add("--lr", metavar="RATE", type=rate, help="Adam's learning rate (guo 3e-4, folders 2e-4, banerjee 2e-4)")
@@ -293,10 +297,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
     add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
     add("--sample", metavar="N", type=count, help="draw N images from the run's checkpoint and end")
-    add("--to", metavar="PATH", help="where --sample writes: a grid (NAME.png) or a folder of images")
+    add(
+        "--to",
+        metavar="PATH",
+        type=os.path.expanduser,
+        help="where --sample writes: a grid (NAME.png) or a folder of images",
+    )
     add = parser.add_argument_group("DCGAN").add_argument
     add("--image-size", type=int, choices=[32, 64, 128], help="side of a folder's images in pixels (folders 64)")
-    augment = "flip mirrors half of the images; full also varies colour, place and cutout (guo none, folders flip)"
+    augment = "flip mirrors half of the images; full also varies colour, place and cutout (none, folders flip)"
     add("--augment", choices=["none", "flip", "full"], help=augment)
     average = "draw from the generator's moving average, of this decay a step, such as 0.999 (0: off)"
     add("--ema", metavar="DECAY", type=common.number(float, 0, 0.99999), help=average)
@@ -305,6 +314,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         parser.error(f"--image-size is for folders of images: {args.dataset} is 28x28")
     if args.dataset not in common.LABELLED and args.preset == "banerjee":
         parser.error("--preset banerjee is a network for 28x28 images: folders of images take --preset guo")
+    if args.dataset not in common.LABELLED:
+        images, out_dir = Path(args.data_dir, args.dataset).resolve(), Path(args.out_dir).resolve()
+        if images.is_relative_to(out_dir) or out_dir.is_relative_to(images):
+            parser.error(f"--out-dir {args.out_dir} and the images' folder {images} overlap: name another one")
     return args
 
 

@@ -31,7 +31,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import common
+try:
+    import common
+except ModuleNotFoundError as error:
+    raise SystemExit(f"vae.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
 
 PRESETS = {
     "guo": dict(epochs=200, batch_size=128, lr=1e-4, latent_size=2, convolutional=False, sizes=(256,), beta=1.0),
@@ -161,22 +164,22 @@ def train(args: Namespace) -> None:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
 
-    run = common.Run(args, data)
-    step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
-    for epoch in range(len(run.history) + 1, args.epochs + 1):
-        common.seed_everything(args.seed, epoch)  # so that a resumed run is the run that was never stopped
-        for network in networks.values():
-            network.train()
-        for images, _ in common.batches(data, args.batch_size, device):
-            run.log(step(images))
-        run.end_epoch(measure(encoder, decoder, test_images))
-        run.save_samples(decode(decoder, fixed_latents))
-        run.save(networks, optimizers)
-    run.save_picture("reconstructions.png", draw_reconstructions(encoder, decoder, test_images[:32]))
-    run.save_picture("latent.png", draw_latent_map(encoder, test_images, test_labels))
-    if args.latent_size == 2:
-        run.save_picture("manifold.png", draw_manifold(decoder, device))
-    run.finish()
+    with common.Run(args, data) as run:
+        step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
+        for epoch in range(len(run.history) + 1, args.epochs + 1):
+            common.seed_everything(args.seed, epoch)  # so that a resumed run is the run that was never stopped
+            for network in networks.values():
+                network.train()
+            for images, _ in common.batches(data, args.batch_size, device):
+                run.log(step(images))
+            run.end_epoch(measure(encoder, decoder, test_images))
+            run.save_samples(decode(decoder, fixed_latents))
+            run.save(networks, optimizers)
+        run.save_picture("reconstructions.png", draw_reconstructions(encoder, decoder, test_images[:32]))
+        run.save_picture("latent.png", draw_latent_map(encoder, test_images, test_labels))
+        if args.latent_size == 2:
+            run.save_picture("manifold.png", draw_manifold(decoder, device))
+        run.finish()
 
 
 @torch.no_grad()
@@ -299,9 +302,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     count, rate = common.number(int, 1), common.number(float, 0, above=True)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
-    add("--dataset", choices=common.LABELLED, default="mnist", help="digits needs no download (mnist)")
-    add("--data-dir", metavar="DIR", type=os.path.abspath, default="data", help="folder of the data sets (data)")
-    add("--out-dir", metavar="DIR", help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
+    names = "mnist, fashion, or digits, which needs no download (mnist)"
+    add("--dataset", metavar="NAME", type=common.labelled_name, default="mnist", help=names)
+    add("--data-dir", metavar="DIR", type=common.absolute_path, default="data", help="folder of the data sets (data)")
+    add("--out-dir", metavar="DIR", type=os.path.expanduser, help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
     add(
         "--epochs",
         metavar="N",
@@ -320,7 +324,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
     add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
     add("--sample", metavar="N", type=count, help="draw N images from the run's checkpoint and end")
-    add("--to", metavar="PATH", help="where --sample writes: a grid (NAME.png) or a folder of images")
+    add(
+        "--to",
+        metavar="PATH",
+        type=os.path.expanduser,
+        help="where --sample writes: a grid (NAME.png) or a folder of images",
+    )
     add = parser.add_argument_group("VAE").add_argument
     add("--beta", metavar="WEIGHT", type=common.number(float, 0), help="weight of the KL in training (1)")
     add("--evaluate", action="store_true", help="print the run's test ELBO and importance-weighted bound, in nats")
