@@ -1,20 +1,19 @@
-"""VAE: an encoder that describes each image by a small Gaussian cloud of latents, a decoder that draws it from there.
+"""VAE: an encoder maps an image to a Gaussian over latents; a decoder maps latents to images.
 
-    python vae.py                                            # the first report's run: MNIST, two latents, 200 epochs
-    python vae.py --preset banerjee-linear                   # the second report's, 16 latents, 100 epochs
-    python vae.py --preset banerjee-conv                     # and its convolutional one
-    python vae.py --evaluate                                 # the trained run's bounds on log p(x), test images
-    python vae.py --sample 64 --to grid.png                  # draw from it
+    python vae.py                                   # the first report's run: MNIST, two latents, 200 epochs
+    python vae.py --preset banerjee-linear          # the second report's, 16 latents, 100 epochs
+    python vae.py --preset banerjee-conv            # and its convolutional one
+    python vae.py --evaluate                        # the trained run's bounds on log p(x), test images
+    python vae.py --sample 64 --to grid.png         # draw from it
 
-Both learn together to maximise the evidence lower bound, ELBO <= log p(x) (Kingma and Welling 2013, arXiv
-1312.6114): an image must be found again from any point of its cloud, and every cloud must keep close to one standard
-Gaussian, so that a point drawn from that becomes an image. Losses are -ELBO in nats an image: sums over pixels and
-latents, means over images. Grey pixels enter as probabilities, as in the reports: the figures stand beside theirs, not
-beside those that papers give for binarised MNIST.
+Both learn together to maximise the evidence lower bound, ELBO <= log p(x) (Kingma and Welling 2013, arXiv 1312.6114).
+Its first part asks that an image is found again from its latents. Its second part, the KL, keeps the Gaussians of all
+images close to the standard one, so that latents drawn from that become images. Losses are -ELBO in nats an image: sums
+over pixels and latents, means over images. Grey pixels enter as probabilities, as in the reports; figures for binarised
+MNIST don't compare.
 
-On MNIST's test images `guo` reached 152.4 nats after 200 epochs (its importance-weighted bound: 149.2), at 2.3 seconds
-an epoch on one core of an AMD EPYC (Zen 4) in bfloat16; `banerjee-linear` 99.9 after 100 epochs, `banerjee-conv`
-96.1 after 72.
+Test losses on MNIST: 152.4 nats for `guo` after 200 epochs (importance-weighted bound 149.2; 2.3 seconds an epoch on
+one core of an AMD EPYC, Zen 4, bfloat16), 99.9 for `banerjee-linear` after 100, 96.1 for `banerjee-conv` after 72.
 """
 
 # /// script
