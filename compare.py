@@ -55,6 +55,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import shlex
 import statistics
 import subprocess
@@ -62,13 +63,17 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import common
+try:
+    import common
+except ModuleNotFoundError as error:
+    raise SystemExit(f"compare.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
 
 SAMPLES = 10_000
 NEIGHBOURHOODS = 5_000  # images of each side for precision and recall
@@ -295,19 +300,21 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, per_image: int = 16) -> float
 class Table:
     """A data set's judge and real images, and a row of figures for each run. The row of real images is the first."""
 
-    def __init__(self, dataset: str, size: int | None, args: Namespace, device: torch.device, autocast: torch.autocast):
+    def __init__(self, origin: "Origin", device: torch.device, autocast: torch.autocast):
+        dataset, size, data_dir = origin
         self.name, self.device = Path(dataset).name + (f"-{size}" if size else ""), device
-        train = test = common.load_data(dataset, args.data_dir, size=size)
+        train = test = common.load_data(dataset, data_dir, size=size)
         if len(train.images) < 20:
             raise common.UserError(f"{dataset} has {len(train.images)} images: too few to compare with")
-        self.judge = load_judge(Path(args.data_dir, f"judge-{self.name}.pt"), train, device, autocast)
+        self.digest = train.digest()
+        self.judge = load_judge(Path(data_dir, f"judge-{self.name}.pt"), train, device, autocast)
         generator = torch.Generator().manual_seed(0)
         train_order = torch.randperm(len(train.images), generator=generator)
         if train.labels is None:
             half = len(train_order) // 2
             test_order, train_order = train_order[:half], train_order[half:]
         else:
-            test = common.load_data(dataset, args.data_dir, train=False)
+            test = common.load_data(dataset, data_dir, train=False)
             test_order = torch.randperm(len(test.images), generator=generator)
         test_order, train_order = test_order[:SAMPLES], train_order[:SAMPLES]
         self.images = test.images[test_order]  # uint8 (N, C, H, W)
@@ -322,7 +329,8 @@ class Table:
             kind = f"test images, {self.accuracy:.2%} known to the judge"
         self.title = f"{self.name}: measured against {len(self.images):,} {kind}"
         images = train.images[train_order]
-        self.rows = [{"run": "real images", "pictures": images[:20]} | self.measure(images, labels)]
+        pictures = images[torch.arange(20) % len(images)]
+        self.rows = [{"run": "real images", "pictures": pictures} | self.measure(images, labels)]
 
     def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
         """The figures of samples, uint8 (N, C, H, W), that need no model; labels (N,) are the classes asked for."""
@@ -367,11 +375,28 @@ class Table:
 def scripts() -> set[str]:
     """The models here: the Python files beside this one that define load_sampler."""
     files = Path(__file__).parent.glob("*.py")
-    return {file.stem for file in files if "\ndef load_sampler(" in file.read_text(encoding="utf-8")}
+    return {file.stem for file in files if b"\ndef load_sampler(" in file.read_bytes()}
 
 
-def load_run(folder: str | Path, device: torch.device) -> tuple[tuple[str, int | None], common.Sampler, dict]:
-    """A run's (data set, size of a folder's images), its sampler and its row so far; UserError if it can't be read."""
+class Origin(NamedTuple):
+    """Where the images are that a run was trained on."""
+
+    dataset: str
+    size: int | None  # of a folder's images
+    data_dir: str
+
+
+class Measurable(NamedTuple):
+    """A run that can be measured."""
+
+    origin: Origin
+    digest: str | None  # of the images that it was trained on; earlier versions kept none
+    sampler: common.Sampler
+    row: dict
+
+
+def load_run(folder: str | Path, args: Namespace, device: torch.device) -> Measurable:
+    """A run's images, sampler and row so far. UserError if it can't be read."""
     if not Path(folder, "checkpoint.pt").is_file():
         raise common.UserError(f"{folder} holds no run: there is no checkpoint.pt in it")
     checkpoint = common.load_checkpoint(folder)
@@ -386,20 +411,45 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[tuple[str, int |
         row["images/s"] = statistics.median(epoch["images per second"] for epoch in history)
         if len(history) < options["epochs"]:
             row["epochs asked"] = options["epochs"]
-        dataset = str(options["dataset"])
-        return (dataset, None if dataset in common.LABELLED else options["image_size"]), sampler, row
+        is_folder = options["dataset"] not in common.LABELLED
+        dataset, size = options["dataset"], options["image_size"] if is_folder else None
+        if args.dataset and is_folder:
+            dataset = common.absolute_path(args.dataset)
+        data_dir = args.data_dir or options.get("data_dir", "data")
+        if not Path(data_dir).is_dir():  # of another machine
+            data_dir = "data"
+        origin = Origin(str(dataset), size, data_dir)
+        return Measurable(origin, checkpoint.get("data"), sampler, row)
     except Exception as error:  # a damaged checkpoint raises whatever its contents lead to
         why = f"{type(error).__name__}: {error}"
         raise common.UserError(f"{folder}: the checkpoint is damaged or of another version ({why})") from error
 
 
 def compare(folders: list, args: Namespace, device: torch.device, autocast: torch.autocast) -> list[Table]:
-    """Measure the runs in these folders: a table for each data set among them."""
-    runs = [load_run(folder, device) for folder in folders]  # all: what can't be read ends it here
-    tables = {data: Table(*data, args, device, autocast) for data in dict.fromkeys(data for data, _, _ in runs)}
-    for i, (data, sampler, row) in enumerate(runs, start=1):
-        print(f"compare: measuring {row['run']}, {i} of {len(runs)}", flush=True)
-        tables[data].add(sampler, row, args.samples)
+    """Measure the runs in these folders: a table for each data set among them. What is no run is told."""
+    runs = {}
+    for folder in folders:
+        try:
+            runs[folder] = load_run(folder, args, device)
+        except common.UserError as error:
+            if len(folders) == 1:
+                raise
+            print(f"compare: left out: {error}", flush=True)
+    if not runs:
+        raise common.UserError("there is no run in these folders")
+    names = [run.row["run"] for run in runs.values()]
+    tables = {}
+    for i, (folder, run) in enumerate(runs.items(), start=1):
+        if names.count(run.row["run"]) > 1:
+            run.row["run"] = str(folder)
+        known = run.digest or run.origin
+        if known not in tables:
+            tables[known] = Table(run.origin, device, autocast)
+        if run.digest not in (None, tables[known].digest):
+            way_out = "name the place of its own with --data-dir or --dataset"
+            raise common.UserError(f"{folder} was trained on other images than {run.origin.dataset}: {way_out}")
+        print(f"compare: measuring {run.row['run']}, {i} of {len(runs)}", flush=True)
+        tables[known].add(run.sampler, run.row, args.samples)
     return list(tables.values())
 
 
@@ -445,8 +495,9 @@ def report(tables: list[Table], args: Namespace) -> None:
     results = dict(samples=args.samples, torch=torch.__version__, judge_accuracy=judges, rows=rows)
     for suffix, content in (("md", text), ("json", json.dumps(results, indent=1) + "\n")):
         with common.replacing(f"{args.to}.{suffix}") as path:
-            path.write_text(content, encoding="utf-8")
-    with common.replacing(f"{args.to}.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+            path.write_text(content, encoding="utf-8", errors="backslashreplace")
+    how = dict(encoding="utf-8", errors="backslashreplace", newline="")
+    with common.replacing(f"{args.to}.csv") as path, open(path, "w", **how) as file:
         writer = csv.DictWriter(file, dict.fromkeys(["dataset", "run", *COLUMNS, *itertools.chain(*rows)]))
         writer.writeheader()
         writer.writerows(rows)
@@ -455,7 +506,7 @@ def report(tables: list[Table], args: Namespace) -> None:
 
 def list_trials(script: str, args: Namespace) -> dict[Path, tuple[str, list[str]]]:
     """A grid's runs by folder: the values that vary, but for the seed, and all the script's options."""
-    options, name = {}, ""
+    options, name = {"--dataset": [args.dataset]} if args.dataset else {}, ""
     for word in args.words:
         if word.startswith("--"):
             name, *values = word.split("=", 1)
@@ -473,7 +524,7 @@ def list_trials(script: str, args: Namespace) -> dict[Path, tuple[str, list[str]
         seeds = [str(int(seeds[0]) + i) for i in range(args.repeat)]
     varied = [name for name, values in options.items() if len(values) > 1]
     options["--seed"] = seeds  # the last, so that the seeds of a combination follow each other
-    where = [] if args.data_dir == "data" else ["--data-dir", args.data_dir]  # the same run elsewhere
+    where = ["--data-dir", args.data_dir] if args.data_dir else []  # the same run elsewhere
     where += [] if args.device == "auto" else ["--device", args.device]
     trials = {}
     for values in itertools.product(*(values or [""] for values in options.values())):
@@ -489,11 +540,14 @@ def train_trials(script: str, trials: dict[Path, tuple[str, list[str]]]) -> None
     """Train what is not trained yet, one run after the other; takes out the runs that failed."""
     module, commands = importlib.import_module(script), {}
     for folder, (_, words) in trials.items():
-        epochs = module.parse_args(words).epochs  # a bad option ends it here
+        asked = module.parse_args(words)  # a bad option ends it here
         commands[folder] = [sys.executable, module.__file__, *words, "--out-dir", str(folder)]
         if (folder / "checkpoint.pt").exists():
             commands[folder].append("--resume")
-            if common.load_checkpoint(folder, script)["epoch"] >= epochs:
+            checkpoint = common.load_checkpoint(folder, script)
+            if checkpoint["options"]["dataset"] != asked.dataset:
+                raise common.UserError(f"{folder} is a run on {checkpoint['options']['dataset']}: move it away")
+            if checkpoint["epoch"] >= asked.epochs:
                 del commands[folder]
     print(f"compare: a grid of {len(trials)} runs in grids/; interrupted, the same command goes on", flush=True)
     start = time.monotonic()
@@ -532,12 +586,17 @@ def run(args: Namespace) -> None:
     script = Path(__file__).with_name(args.grid.removesuffix(".py") + ".py")
     trials = list_trials(script.stem, args)
     train_trials(script.stem, trials)
-    (table,) = compare(list(trials), args, device, autocast)
-    table.rows[1:] = rank(table.rows[1:], [label for label, _ in trials.values()])
-    report([table], args)
-    best = next(words for label, words in trials.values() if label == table.rows[1]["run"])
-    command = ["python", script.name if script.parent == Path.cwd() else str(script), *best]
-    print(f"compare: best by Frechet distance: {shlex.join(command)}")
+    tables = compare(list(trials), args, device, autocast)
+    by_name = {folder.name: trial for folder, trial in trials.items()}
+    best = []
+    for table in tables:  # several, if the size of the images varies
+        labels = [by_name[row["run"]][0] for row in table.rows[1:]]
+        table.rows[1:] = rank(table.rows[1:], labels)
+        best.append(next(words for label, words in trials.values() if label == table.rows[1]["run"]))
+    report(tables, args)
+    for table, words in zip(tables, best):
+        command = ["python", script.name if script.parent == Path.cwd() else str(script), *words]
+        print(f"compare: best on {table.name} by Frechet distance: {shlex.join(command)}")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -548,8 +607,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--grid", nargs="?", const="", metavar="SCRIPT", help="train all combinations of SCRIPT's options; rank them")
     add("--repeat", type=common.number(int, 1), default=1, metavar="N", help="seeds of each combination (1)")
     add("--samples", type=common.number(int, 100), default=SAMPLES, metavar="N", help="drawn of each run (10,000)")
-    add("--to", default="comparison", metavar="PREFIX", help="writes PREFIX.md, .csv, .json and .png (comparison)")
-    add("--data-dir", default="data", metavar="DIR", help="folder of the data sets and judges (data)")
+    prefix = "writes PREFIX.md, .csv, .json and .png (comparison)"
+    add("--to", type=os.path.expanduser, default="comparison", metavar="PREFIX", help=prefix)
+    add("--data-dir", type=common.absolute_path, metavar="DIR", help="folder of data sets and judges (each run's)")
+    add("--dataset", metavar="DIR", help="a folder's images, if they moved (each run's)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes an accelerator if any")
     parser.set_defaults(script="compare", precision="auto")
     args, args.words = parser.parse_known_args(argv)

@@ -28,7 +28,7 @@ def draw_figure(folders: list[str]) -> Image.Image:
     """A grid of samples of each run, all of about one size, under the names of the models."""
     panels = []
     for folder in folders:
-        _, sampler, _ = compare.load_run(folder, torch.device("cpu"))
+        sampler = compare.load_run(folder, compare.parse_args([folder]), torch.device("cpu")).sampler
         images = common.to_unit(torch.cat([images for images, _ in common.draw(sampler, 64, 0, "cpu")]))
         images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))
         columns = 466 // (images.shape[-1] + 2)  # eight of digits, seven of faces

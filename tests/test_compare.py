@@ -14,6 +14,7 @@ from PIL import Image
 
 import common
 import compare
+import dcgan
 import gan
 from tests import study
 from tests.conftest import write_idx
@@ -327,8 +328,51 @@ def test_a_fifth_model_joins_and_every_file_agrees(fifth, quick, capsys):
 
 
 def test_a_run_under_way_is_marked(fifth):
-    _, _, row = compare.load_run(fifth("plain", epoch=1, history=[{"seconds": 1.0, "images per second": 5.0}]), CPU)
-    assert compare.cell(row, "epochs") == "1 of 2"
+    folder = fifth("plain", epoch=1, history=[{"seconds": 1.0, "images per second": 5.0}])
+    run = compare.load_run(folder, compare.parse_args([str(folder)]), CPU)
+    assert compare.cell(run.row, "epochs") == "1 of 2"
+
+
+def test_what_is_no_run_is_left_out_with_a_line_and_equal_names_are_told_apart(fifth, quick, capsys):
+    folders = [fifth("plain"), fifth("again/plain"), quick / "runs" / "note.txt", quick / "runs" / "begun"]
+    folders[2].touch()
+    folders[3].mkdir()
+    compare.main([*map(str, folders), "--samples", "100"])
+    text = capsys.readouterr().out
+    assert text.count("compare: left out: ") == 2 and "begun holds no run" in text
+    names = [row["run"] for row in json.loads(Path("comparison.json").read_text())["rows"][1:]]
+    assert names == [str(folder) for folder in folders[:2]]
+    with pytest.raises(SystemExit):
+        compare.main([str(folders[2])])
+    assert "note.txt holds no run" in capsys.readouterr().err
+
+
+@pytest.fixture
+def faces_run(quick, monkeypatch):
+    """The folder of a run of dcgan.py on a folder of 20 images, one epoch."""
+    monkeypatch.setattr(compare, "LEAST_STEPS", 4)
+    monkeypatch.setattr(compare, "MOST_STEPS", 4)
+    monkeypatch.setitem(dcgan.PRESETS["guo"]["folder"], "features", 4)
+    (quick / "faces").mkdir()
+    for i in range(20):
+        Image.effect_noise((32, 32), 60).convert("RGB").save(quick / "faces" / f"{i}.png")
+    dcgan.main("--dataset faces --image-size 32 --batch-size 10 --epochs 1 --device cpu --out-dir run".split())
+    return quick / "run"
+
+
+def test_twenty_images_that_moved_are_enough_and_others_are_refused(faces_run, quick, capsys):
+    (quick / "faces").rename(quick / "moved")
+    for words in (["run"], ["run", "--dataset", "moved"]):
+        try:
+            compare.main([*words, "--samples", "100"])
+        except SystemExit:
+            assert words == ["run"] and "there is no folder" in capsys.readouterr().err
+    assert json.loads(Path("comparison.json").read_text())["rows"][1]["run"] == "run"
+    (quick / "moved" / "0.png").unlink()
+    Image.effect_noise((32, 32), 60).convert("RGB").save(quick / "moved" / "00.png")
+    with pytest.raises(SystemExit):
+        compare.main(["run", "--dataset", "moved", "--samples", "100"])
+    assert "run was trained on other images than" in capsys.readouterr().err
 
 
 def test_folder_runs_are_measured_without_labels(fifth, quick, monkeypatch):
@@ -339,7 +383,8 @@ def test_folder_runs_are_measured_without_labels(fifth, quick, monkeypatch):
     monkeypatch.setattr(compare, "LEAST_STEPS", 4)
     monkeypatch.setattr(compare, "MOST_STEPS", 4)
     sampler = common.Sampler(4, lambda z, y=None: common.to_unit(faces[: len(z)]), 1)
-    run = ("/elsewhere/faces", 32), sampler, dict(run="faces", parameters=1)
+    origin = compare.Origin("/elsewhere/faces", 32, "data")
+    run = compare.Measurable(origin, None, sampler, dict(run="faces", parameters=1))
     monkeypatch.setattr(compare, "load_run", lambda *_: run)
     measure, measured = compare.Table.measure, []
 
@@ -348,7 +393,7 @@ def test_folder_runs_are_measured_without_labels(fifth, quick, monkeypatch):
         return measure(table, images, labels)
 
     monkeypatch.setattr(compare.Table, "measure", remember)
-    args = Namespace(samples=60, data_dir="data", to="faces")
+    args = Namespace(samples=60, to="faces")
     (table,) = compare.compare(["faces"], args, CPU, FP32)
     compare.report([table], args)
     floor, row = table.rows
@@ -452,13 +497,13 @@ def test_grid_trains_ranks_and_resumes(quick, monkeypatch, capsys):
     text = capsys.readouterr().out
     script = Path(compare.__file__).with_name("gan.py")  # as the current folder is another
     best = f"python {script} --dataset digits --lr 1e-3 --epochs 1 --batch-size 200 --seed 0"
-    assert f"best by Frechet distance: {best}\n" in text
+    assert f"best on digits by Frechet distance: {best}\n" in text
     rows = json.loads((quick / "comparison.json").read_text(encoding="utf-8"))["rows"]
     assert [row["run"] for row in rows] == ["real images", "lr 1e-3", "lr 1e-9"]
     assert rows[1]["Frechet"] < rows[2]["Frechet"] and rows[1]["Frechet deviation"] > 0
     folders = sorted((quick / "grids").iterdir())
     runs = [folder for folder in folders if "lr=1e-3" in folder.name]
-    tables = compare.compare(runs, Namespace(samples=150, data_dir="data"), CPU, FP32)
+    tables = compare.compare(runs, Namespace(samples=150, data_dir=None, dataset=None), CPU, FP32)
     found = np.array([row["Frechet"] for row in tables[0].rows[1:]])
     assert rows[1]["Frechet"] == pytest.approx(found.mean())
     assert rows[1]["Frechet deviation"] == pytest.approx(found.std(ddof=1))
