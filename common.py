@@ -394,7 +394,8 @@ def adam(parameters, lr: float, beta1: float = 0.9) -> torch.optim.Adam:
     """Adam in one kernel a step (fused), which a CUDA graph can capture."""
     parameters = list(parameters)
     kind = parameters[0].device.type
-    how = dict(fused=kind in ("cpu", "cuda"), capturable=kind == "cuda")
+    graphed = kind == "cuda" and processes() == 1 and os.environ.get("CUDA_GRAPH") != "0"
+    how = dict(fused=kind in ("cpu", "cuda"), capturable=graphed)
     return torch.optim.Adam(parameters, lr, (beta1, 0.999), **how)
 
 
@@ -436,6 +437,7 @@ def capture(step: Callable, device: torch.device) -> Callable:
     if processes() > 1:
         show_line("no CUDA graph: several processes exchange gradients within a step")
         return step
+    warnings.filterwarnings("ignore", message=".*capturable=True.*")  # of the steps before the capture
     return GraphedStep(step)
 
 
@@ -449,6 +451,7 @@ class GraphedStep:
         self.step, self.calls, self.graph, self.stream = step, 0, None, torch.cuda.Stream()
 
     def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
+        batch = [part for part in batch if part is not None]
         self.calls += 1
         if self.calls <= 3:  # real steps, on the capture's stream, make the optimizers' state
             self.stream.wait_stream(torch.cuda.current_stream())

@@ -302,8 +302,10 @@ def train(args: Namespace) -> None:
             run.end_epoch()
             run.save_samples(draw_classes(networks, args, columns=8))
             run.save(networks, optimizers)
-        if common.rank() == 0:
+        try:
             save_pictures(args, networks)
+        except common.UserError as error:
+            run.warn("pictures", error)
         run.finish()
 
 
@@ -358,6 +360,8 @@ def save_pictures(args: Namespace, networks: dict[str, nn.Module]) -> None:
         images = load_test_images(args).to(next(networks["generator"].parameters()).device)
     except common.UserError as error:
         missing = error
+    if common.rank() > 0:
+        return
     common.write_picture(folder / "classes.png", common.grid(draw_classes(networks, args, columns=10), columns=10))
     if missing:
         print(f"{args.script}: no morph and styles, which start from real test images: {missing}")

@@ -146,11 +146,14 @@ def build(args: Namespace) -> dict[str, nn.Module]:
 def make_average(generator: nn.Module, decay: float) -> AveragedModel:
     """The moving average of a generator's weights and batch statistics; it soon forgets the initial weights."""
 
-    def average(mean: torch.Tensor, value: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
-        weight = (10 / (10 + updates)).clamp(min=1 - decay)
-        return mean.lerp(value, weight) if mean.is_floating_point() else value
+    def average(means: list, values: list, updates: torch.Tensor) -> None:
+        weight = max(10 / (10 + int(updates)), 1 - decay)
+        if means[0].is_floating_point():
+            torch._foreach_lerp_(means, values, weight)
+        else:
+            torch._foreach_copy_(means, values)  # how many batches were seen
 
-    return AveragedModel(generator, avg_fn=average, use_buffers=True)
+    return AveragedModel(generator, multi_avg_fn=average, use_buffers=True)
 
 
 def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
