@@ -23,8 +23,8 @@ layer of discriminator D and classifier C. Losses are sums over dimensions and m
 
 D and C minimise cross entropy; nothing that E and G minimise moves them: the paper's asymmetric training. The paper's
 weights balance the 49,152 numbers of a face. At 784 pixels a KL weight of 3 leaves the latents nearly unused; we use 1.
-Matched means alone let the samples of a class be alike (recall 0.06 after 2 epochs at a rate of 5e-4). L'_GD, which the paper replaces by
-L_GD, stands beside it here for variety; L'_GC holds each sample in its class.
+Matched means alone let the samples of a class be alike (recall 0.06 after 2 epochs at a rate of 5e-4). L'_GD, which the
+paper replaces by L_GD, stands beside it here for variety; L'_GC holds each sample in its class.
 
 After the report's 200 epochs on MNIST compare.py sees 99.5 % of the asked class, precision 0.83, recall 0.75 and a
 Frechet distance of 0.99. An epoch takes 23 seconds (2 cores of an AMD EPYC, Zen 4, bfloat16; 2,600 images a second).
