@@ -144,6 +144,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     times = ("seconds", "images per second")
     rows = [[{k: v for k, v in row.items() if k not in times} for row in c["history"]] for c in (first, second)]
     assert rows[0] == rows[1]
+    assert [len((run / "log.csv").read_text().splitlines()) for run in (one, other)] == [first["epoch"] + 1] * 2
     pictures = [
         {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*.*") if path.suffix in (".png", ".gif")}
         for run in (one, other)

@@ -178,11 +178,12 @@ class FakeTraining:
 def test_what_a_kill_left_half_written_is_cleared_and_nothing_else(tmp_path):
     (tmp_path / "run/samples").mkdir(parents=True)
     others = [tmp_path / "run/notes.tmp", tmp_path / "run/.hidden", tmp_path / "run/samples/epoch-0001.png"]
-    for path in (*others, tmp_path / "run/.checkpoint.pt.7.tmp", tmp_path / "run/samples/.epoch-0002.png.7.tmp"):
+    code = "0123456789ab"
+    for path in (*others, *(tmp_path / "run" / f"{name}.{code}.tmp" for name in (".log.csv", "samples/.epoch-2.png"))):
         path.touch()
     FakeTraining(tmp_path / "run")
     left = {path for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert left == {*others, tmp_path / "run/real.png"}
+    assert left == {*others, tmp_path / "run/real.png", tmp_path / "run/.lock"}
 
 
 def test_any_losses_round_trip_through_the_log(tmp_path):
@@ -234,7 +235,8 @@ def test_a_run_is_saved_at_first_then_every_ten_seconds_and_at_its_end(tmp_path,
 
 @pytest.mark.parametrize(("count", "size"), [(1, 8), (2, 8), (3, 6)])
 def test_a_batch_that_is_too_large_or_uneven_is_refused_with_the_size_to_give(count, size, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(count))
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("WORLD_SIZE", str(count))):
+        monkeypatch.setenv(name, value)
     with pytest.raises(common.UserError, match=f"larger than the data: 8 images: give --batch-size {size} or less"):
         FakeTraining(tmp_path / "run", batch_size=9 * count)
     if count > 1:
@@ -291,8 +293,8 @@ REFUSED = {
     "missing key": "no checkpoint of this version",
     "version": "no checkpoint of this version",
     "script": "was written by vae.py",
-    "options": "written by another version of the script (options ['batch_size', 'data_dir'",
-    "types": "written by another version of the script (options of other types)",
+    "options": "is of another gan.py (options ['batch_size', 'data_dir'",
+    "types": "is of another gan.py (options of other types)",
     "networks": "does not fit this version's networks",
 }
 

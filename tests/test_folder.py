@@ -293,7 +293,7 @@ def test_a_file_that_cannot_be_read_now_is_named_and_makes_no_cache(folder, erro
     real = Image.open
 
     def refuse(path, *args, **options):
-        if Path(path).name == "00001.bmp":
+        if Path(path.name).name == "00001.bmp":
             raise error
         return real(path, *args, **options)
 

@@ -109,7 +109,15 @@ def test_training_leaves_a_whole_folder(trainings):
     run = trainings.finished("gan-guo")
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     pictures = {"losses.png", "real.png", "progress.png", "progress.gif"}
-    assert names == {"checkpoint.pt", "log.csv", "samples/epoch-0001.png", "samples/epoch-0002.png", *pictures}
+    assert names == {
+        "checkpoint.pt",
+        "log.csv",
+        ".lock",
+        ".made",
+        "samples/epoch-0001.png",
+        "samples/epoch-0002.png",
+        *pictures,
+    }
     log = (run / "log.csv").read_text().splitlines()
     assert log[0] == "epoch,discriminator loss [nats],generator loss [nats],seconds,images per second"
     assert [line.split(",")[0] for line in log[1:]] == ["1", "2"]

@@ -26,6 +26,7 @@ def test_processes_share_a_batch_and_all_that_is_drawn(monkeypatch):
     whole = drawn(4)
     assert all(torch.equal(one, other) for one, other in zip(whole, drawn(4)))
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     parts = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
