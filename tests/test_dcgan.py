@@ -273,11 +273,11 @@ def test_the_average_follows_weights_and_batch_statistics():
             for value in generator.state_dict().values():
                 value += torch.randn_like(value) if value.is_floating_point() else 1
         average.update_parameters(generator)
-        weight = (10 / (10 + torch.tensor(update))).clamp(min=1 - 0.8)
+        weight = max(10 / (10 + update), 1 - 0.8)
         for key, value in generator.state_dict().items():
             new = value.clone()
             expected[key] = expected.get(key, new).lerp(new, weight) if new.is_floating_point() else new
-    assert weight == torch.tensor(1 - 0.8)
+    assert weight == 1 - 0.8
     assert {"2.running_mean", "2.running_var", "2.num_batches_tracked", "1.weight"} <= set(expected)
     for key, value in average.module.state_dict().items():
         assert torch.equal(value, expected[key]), key
