@@ -22,9 +22,9 @@ import argparse
 import collections
 import contextlib
 import csv
-import fnmatch
 import functools
 import hashlib
+import html
 import http.client
 import io
 import ipaddress
@@ -36,6 +36,7 @@ import shlex
 import socket
 import sqlite3
 import ssl
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -53,15 +54,26 @@ import common
 
 AGENT = "crawl_anime"  # the name that a robots.txt can address
 TRIES, REDIRECTS = 5, 5
-FAILURES = 10  # without a success between them, after which the source counts as broken
+FAILURES, REFUSALS = 10, 100  # without a picture between them, after which the source counts as broken
 POSTS_PER_FACE = 10  # a crawl ends after this many new posts for each face asked for
 TIMEOUT, DEADLINE, PATIENCE = 20, 120, 600  # seconds: for a wait, for an answer, and that Retry-After may ask for
 SLOWEST, GRACE = 2048, 10  # bytes a second that an answer must come at, but for its first seconds
-MAX_BYTES, MAX_PIXELS = 20 * 2**20, 40_000_000
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
-FIELDS = "site id page artist source rating outcome reason crops boxes hashes".split()
+MAX_BYTES, MAX_PIXELS, MAX_SCANS = 20 * 2**20, 40_000_000, 50  # libjpeg's own script has 10 scans, 26 in four colours
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # a JPEG's, that a length follows, or the end
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif")
+FIELDS = "site id page artist source rating outcome reason options crops boxes hashes".split()
+HASH = "(h?[0-9a-f]{16})|md5-[0-9a-f]{32}"  # with a letter first, which no spreadsheet takes for a number
+OLD_OPTIONS = "lbp 64 1.5 5 colour"  # of tables without that column
 RATINGS = ("general", "sensitive", "questionable", "explicit")
 FACELESS_TAGS = set("photo_(medium) 3d monochrome greyscale sketch lineart comic no_humans animated".split())
+MANGA_TAGS = {"monochrome", "greyscale", "comic"}  # what --grey takes all the same
+OWN_REASONS = ("rating", "tag", "no picture", "forgotten")  # why a post is not asked for
+CREDITS = {"artist": "tag_string_artist", "source": "source"}
+RECHECKED = ("robots.txt", "not an address", "not an https address", "on a foreign host")  # without any request
+TRAINING = r"(?i)(?<![\w-])(ai-train|train-(gen)?ai|(gen)?ai)\s*=\s*\"?"  # contentsignals.org and IETF's aipref
+OPT_OUTS = {"X-Robots-Tag": r"(?i)\b(noai|noimageai|noml)\b", "TDM-Reservation": r"\b1\b"}
+OPT_OUTS |= {"Content-Signal": TRAINING + "n", "Content-Usage": TRAINING + "n"}
+IPV4_IN_IPV6 = ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")  # in the last 32 bits
 CASCADE_FILE = "data/lbpcascade_animeface.xml"
 CASCADE_HOME = "https://raw.githubusercontent.com/nagadomi/lbpcascade_animeface"
 CASCADE_URL = f"{CASCADE_HOME}/4433ab1ae1166ea75acfe99eb0f18709dac329a0/lbpcascade_animeface.xml"
@@ -72,12 +84,39 @@ class SourceError(common.UserError):
     status = 3  # the source refused or failed, which ends the crawl
 
 
-class Unusable(Exception):
-    """A picture that can't be had or cropped, and why. `again`: another try may help; `status`: HTTP's, if any."""
+class Way(NamedTuple):
+    """How a picture becomes crops. As the text of a cell: all but the cascade's file."""
 
-    def __init__(self, reason: str, again: bool = False, status: int = 0):
+    detector: str
+    min_face: int
+    margin: float
+    neighbours: int
+    colours: str  # "colour", or "grey" if grey crops are kept, too
+    cascade: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.detector} {self.min_face} {self.margin:g} {self.neighbours} {self.colours}"
+
+    def may_find_more(self, reasons: str, options: str) -> bool:
+        """Whether a post that was left for these reasons, with these options, may have a face for this way."""
+        detector, min_face, margin, neighbours, colours = (options or OLD_OPTIONS).split()
+        smaller = self.min_face < int(min_face)
+        if reasons == "no face" and detector == "none":
+            return smaller  # the whole picture was too small
+        more = smaller or self.detector != detector or self.detector == "lbp" and self.neighbours < int(neighbours)
+        more = more or "blurred" in reasons and self.margin != float(margin)
+        more = more or "grey" in reasons and self.colours != colours
+        return more and reasons != "near-duplicate"
+
+
+class Unusable(Exception):
+    """A picture that can't be had or cropped, and why. `again`: another try at once may help; `final`: another crawl
+    won't; `status`: HTTP's, if any.
+    """
+
+    def __init__(self, reason: str, again: bool = False, final: bool = False, status: int = 0):
         super().__init__(reason)
-        self.again, self.status = again, status
+        self.again, self.final, self.status = again, final, status
 
 
 # -------------------------------------------------------------------------------------------------- the sites
@@ -113,23 +152,11 @@ SITES = {
 }
 
 
-def site_posts(fetcher: "Fetcher", site: Site, tags: str, ratings: list[str]) -> Iterator[dict]:
+def site_posts(fetcher: "Fetcher", site: Site, tags: str, ratings: list[str], faceless: set[str]) -> Iterator[dict]:
     """All posts of a query, newest first, as far as the source goes."""
     below = None
-    while True:
-        try:
-            body = fetcher.fetch(site.home + site.query(tags, below), is_picture=False)
-            page = json.loads(body.strip() or "[]")
-        except Unusable as error:
-            raise SourceError(f"{site.home} refuses or fails: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{site.home} answers no JSON: it may be down, or no site of this kind") from error
-        if not isinstance(page, list):
-            message = page.get("message") or "an object instead of a list" if isinstance(page, dict) else page
-            raise SourceError(f"{site.home} answers: {printable(message)}")
-        if not page:
-            return
-        posts = [post for raw in page if (post := read_post(site, ratings, raw))]
+    while page := fetch_page(fetcher, site.home, site.query(tags, below)):
+        posts = [post for raw in page if (post := read_post(site, ratings, faceless, raw))]
         lowest = min((int(post["id"]) for post in posts), default=None)
         if not lowest or below and lowest >= below:
             raise SourceError(f"{site.home} gives the same posts again: it does not page by id")
@@ -137,7 +164,38 @@ def site_posts(fetcher: "Fetcher", site: Site, tags: str, ratings: list[str]) ->
         below = lowest
 
 
-def read_post(site: Site, ratings: list[str], raw: object) -> dict | None:
+def fetch_page(fetcher: "Fetcher", home: str, query: str) -> list:
+    """A page of posts. Sites have empty pages in the middle of a search: one is believed when it comes three times."""
+    for attempt in range(3):
+        fetcher.back_off(attempt)
+        try:
+            text = fetcher.fetch(home + query, is_picture=False).decode("utf-8-sig", "replace").strip()
+            page = json.loads(text or "[]")
+        except Unusable as error:
+            raise SourceError(f"{home} refuses or fails: {error}") from error
+        except (ValueError, RecursionError):
+            page = None
+        if page and isinstance(page, list):
+            return page
+    if page != []:
+        raise SourceError(
+            f"{home} answers no list of posts in JSON: {complaint(text) or 'is it down, or of another kind?'}"
+        )
+    return page
+
+
+def complaint(text: str) -> str:
+    """What an answer that is no list of posts says, in JSON, XML or plain words; "" for a page of HTML."""
+    with contextlib.suppress(ValueError, RecursionError):
+        answer = json.loads(text)
+        words = [answer.get(key) for key in ("message", "reason", "error")] if isinstance(answer, dict) else [answer]
+        return next((printable(word) for word in words if word and isinstance(word, str)), "")
+    reason = re.search(r"""reason=["']([^"'<>]+)""", text)  # Gelbooru's <response success="false" reason="...">
+    text = reason[1] if reason else text
+    return "" if text.startswith("<") else printable(text)
+
+
+def read_post(site: Site, ratings: list[str], faceless: set[str], raw: object) -> dict | None:
     """The beginning of a row of metadata.csv, from JSON in which anything may be missing or of another type; None
     without an id. Its reason says why the post is not worth a request; its files are address -> MD5 or "", the smallest
     that still gives good faces first.
@@ -148,7 +206,7 @@ def read_post(site: Site, ratings: list[str], raw: object) -> dict | None:
         return None
     sample, original = field["sample_url"] or field["large_file_url"], field["file_url"]
     if not original and field["directory"] and field["image"]:  # Gelbooru's older answers give only parts
-        folder, image = quote(field["directory"]), quote(field["image"])
+        folder, image = (quote(field[name], errors="replace") for name in ("directory", "image"))
         original = f"/images/{folder}/{image}"
         sample = f"/samples/{folder}/sample_{image.rpartition('.')[0]}.jpg" if raw.get("sample") else ""
     files = {}
@@ -156,12 +214,21 @@ def read_post(site: Site, ratings: list[str], raw: object) -> dict | None:
         with contextlib.suppress(ValueError):  # an address that is none
             if urlsplit(address := urljoin(site.home + "/", address)).path.lower().endswith(SUFFIXES):
                 files[address] = md5
-    rating = site.ratings.get(field["rating"], "questionable")
-    faceless = FACELESS_TAGS.intersection((field["tag_string"] or field["tags"]).split())
-    reason = "rating" if rating not in ratings else "tag" if faceless else "" if files else "no picture"
+    rating = site.ratings.get(field["rating"].lower(), "questionable")
+    reason = "" if files else "no picture"
+    if faceless.intersection((field["tag_string"] or field["tags"]).lower().split()):
+        reason = "tag"
+    if rating not in ratings:
+        reason = "rating"
     names = dict(site=site.name, id=field["id"], page=site.home + site.page.format(field["id"]))
-    credit = dict(artist=printable(field["tag_string_artist"]), source=printable(field["source"]))
-    return names | credit | dict(rating=rating, reason=reason, files=files)
+    credit = {name: printable(decode_entities(field[key])) for name, key in CREDITS.items()}
+    md5s = [f"md5-{md5.lower()}" for md5 in files.values() if re.fullmatch("(?i)[0-9a-f]{32}", md5)]
+    return names | credit | dict(rating=rating, reason=reason, files=files, md5s=md5s)
+
+
+def decode_entities(text: str) -> str:
+    """A site's &amp; and the like as characters, once, and none without its semicolon: addresses have &copy=1."""
+    return re.sub(r"&#?\w{1,30};", lambda entity: html.unescape(entity[0]), text[:2000])
 
 
 def printable(text: object, length: int = 300) -> str:
@@ -174,64 +241,79 @@ def printable(text: object, length: int = 300) -> str:
 
 class Fetcher:
     """Gets files by the rules of manners and safety, one at a time: from `hosts`, which are the source's own, and all
-    below them, and from `base_url`, which the user vouches for, with at least `delay` seconds between two starts.
+    below them, and from `trusted`, which the user vouches for, with at least `delay` seconds between two starts.
     """
 
-    def __init__(self, hosts: set[str], base_url: str | None, delay: float):
-        self.hosts, self.base_url, self.delay = hosts, base_url, delay
+    def __init__(self, hosts: set[str], trusted: Iterable[str], delay: float, contact: str = "none given"):
+        self.hosts, self.trusted, self.delay = hosts, {origin(urlsplit(home)) for home in trusted}, delay
+        self.agent = f"{AGENT}/1.0 (faces for a small generative model; a request a second; contact: {contact})"
         self.pace, self.next_start, self.bytes = delay, 0.0, 0
-        self.robots = functools.cache(self.fetch_robots)  # asked for once a host
+        self.robots, self.delays, self.starts = {}, {}, {}  # of each host: rules, Crawl-delay, next start
 
     def fetch(self, address: str, is_picture: bool = True) -> bytes:
         """The body at an address. Raises Unusable, and SourceError for what ends the crawl. robots.txt holds for
         pictures, not for a documented API, made for programs with limits of its own, nor for the detector's one file.
         """
-        for attempt in range(TRIES):
+        for attempt in range(1, TRIES + 1):
             try:
                 return self.get(address, is_picture)
             except Unusable as error:
-                if not error.again or attempt == TRIES - 1:
+                if not error.again or attempt == TRIES:
                     raise
-                pause = self.delay * 2**attempt * random.uniform(1, 2)
-                self.next_start = max(self.next_start, time.monotonic() + pause)
+                self.back_off(attempt)
+
+    def back_off(self, attempt: int) -> None:
+        pause = self.delay * 2 ** (attempt - 1) * random.uniform(1, 2) if attempt else 0
+        self.next_start = max(self.next_start, time.monotonic() + pause)
 
     def get(self, address: str, is_picture: bool, redirects: int = 0) -> bytes:
         """One try: each address that it leads through has to pass all rules."""
+        parts, trusted, path = self.check(address, redirects == 0)
+        home = f"{parts.scheme}://{parts.netloc}"
+        if is_picture:
+            self.obey(self.read_robots(home), path)
+        time.sleep(max(0.0, max(self.next_start, self.starts.get(home, 0.0)) - time.monotonic()))
+        self.next_start = time.monotonic() + self.pace
+        self.starts[home] = time.monotonic() + self.delays.get(home, 0.0)
         try:
-            parts, trusted = self.check(address)
-            path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-            if is_picture and not allowed(self.robots(f"{parts.scheme}://{parts.netloc}"), path):
-                raise Unusable("robots.txt")
-            time.sleep(max(0.0, self.next_start - time.monotonic()))
-            self.next_start = time.monotonic() + self.pace
-            with ask(parts, trusted, path) as response:
+            with ask(parts, trusted, path, self.agent) as response:
                 if response.status not in (301, 302, 303, 307, 308):
                     self.judge(response, parts.hostname, is_picture)
-                    self.bytes += len(body := response.read())
+                    body = b"".join(iter(functools.partial(response.read, 2**16), b""))  # what came, not what it claims
+                    self.bytes += len(body)
+                    if response.length or is_picture and not body:
+                        raise Unusable("broke off", again=True)
                     return body
+        except (Unusable, SourceError):
+            raise
         except http.client.IncompleteRead as error:
             raise Unusable("broke off", again=True) from error
         except (OSError, http.client.HTTPException) as error:
             raise Unusable(f"no answer ({type(error).__name__})", again=True) from error
-        except ValueError as error:  # after OSError: a certificate that does not hold is both
-            raise Unusable("not an address") from error
+        except Exception as error:  # an answer's bytes can lead to anything
+            raise Unusable(f"no sense in the answer ({type(error).__name__})", again=True) from error
         if redirects == REDIRECTS:
             raise Unusable("too many redirects")
         with contextlib.suppress(ValueError):  # then it is the same address again
             address = urljoin(address, response.headers.get("Location", ""))
         return self.get(address, is_picture, redirects + 1)
 
-    def check(self, address: str) -> tuple[SplitResult, bool]:
-        """An address's parts, and whether it is --base-url's. All others are on the source's own hosts, by https."""
-        parts = urlsplit(address)
-        scheme, host, port = origin(parts)
-        trusted = bool(self.base_url) and (scheme, host, port) == origin(urlsplit(self.base_url))
-        is_https = scheme == "https" and port == 443 and "@" not in parts.netloc
-        if not trusted and not is_https:
-            raise Unusable("not an https address")
+    def check(self, address: str, is_posts: bool = True) -> tuple[SplitResult, bool, str]:
+        """An address's parts, whether the user vouches for its host, and its path. Others are the source's own hosts,
+        by https. A bad address that is the post's own costs no request, so that it is no fault of the source.
+        """
+        try:
+            parts = urlsplit(address)
+            (scheme, host, port), path = origin(parts), (parts.path or "/") + ("?" + parts.query if parts.query else "")
+            host.encode("idna"), path.encode()
+        except ValueError as error:
+            raise Unusable("not an address", final=is_posts) from error
+        trusted = (scheme, host, port) in self.trusted
+        if not trusted and not (scheme == "https" and port == 443 and "@" not in parts.netloc):
+            raise Unusable("not an https address", final=is_posts)
         if not trusted and not any(f".{host}".endswith(f".{own}") for own in self.hosts):
-            raise Unusable("on a foreign host")
-        return parts, trusted
+            raise Unusable("on a foreign host", final=is_posts)
+        return parts, trusted, path
 
     def judge(self, response: http.client.HTTPResponse, host: str, is_picture: bool) -> None:
         """Raises for a status or a header that says no, and slows down when asked to."""
@@ -241,7 +323,7 @@ class Fetcher:
         if status in (421, 429, 503):
             self.pace = max(self.delay, min(60, 2 * self.pace))
             pause, wish = 0.0, headers.get("Retry-After", "")
-            with contextlib.suppress(ValueError, TypeError, OverflowError):  # nonsense, or none is given
+            with contextlib.suppress(Exception):  # nonsense, or none is given
                 pause = float(wish) if wish.isdecimal() else parsedate_to_datetime(wish).timestamp() - time.time()
             if pause > PATIENCE:
                 raise SourceError(f"{host} asks for a long pause ({pause / 60:,.0f} minutes): go on later")
@@ -249,26 +331,47 @@ class Fetcher:
         if status != 200:
             reason = f"HTTP {status}"
             if not is_picture:
-                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # none is given
-                    reason += f": {printable(json.loads(response.read(2000))['message'])}"
-            raise Unusable(reason, again=status in (408, 421, 429) or status >= 500, status=status)
+                with contextlib.suppress(Exception):  # what it says may break off
+                    reason = f"{reason}: {complaint(response.read(2**14).decode('utf-8-sig', 'replace').strip())}"
+            again, final = status in (408, 421, 429) or status >= 500, status in (404, 410, 451)
+            raise Unusable(reason.removesuffix(": "), again, final, status)
         self.pace = max(self.delay, 0.95 * self.pace)
         if headers.get("Content-Encoding", "identity").lower() != "identity":
             raise Unusable("compressed, though not asked for")
-        wishes = " ".join(headers.get_all("X-Robots-Tag", [])) + " noai" * (headers.get("TDM-Reservation") == "1")
-        if is_picture and re.search(r"(?i)\b(noai|noimageai|noml)\b", wishes):
-            raise Unusable("not for training (X-Robots-Tag)")
-        if is_picture and not re.match(r"(?i)image/|application/octet-stream", headers.get("Content-Type", "image/")):
+        for name, refusal in OPT_OUTS.items():
+            if is_picture and re.search(refusal, ", ".join(headers.get_all(name, []))):
+                raise Unusable(f"not for training ({name})", final=True)
+        kind = headers.get("Content-Type") or "image/"
+        if is_picture and not re.match(r"(?i)image/|(application|binary)/octet-stream", kind):
             raise Unusable("not a picture")
         if (response.length or 0) > MAX_BYTES:
-            raise Unusable("more than 20 MiB")
+            raise Unusable("more than 20 MiB", final=True)
 
-    def fetch_robots(self, home: str) -> str:
-        """A host's robots.txt, or what stands for one that isn't there or can't be had (RFC 9309, 2.3.1)."""
-        try:
-            return self.fetch(f"{home}/robots.txt", is_picture=False)[: 500 * 1024].decode("utf-8-sig", "replace")
-        except Unusable as error:
-            return "" if 400 <= error.status < 500 and not error.again else "User-agent: *\nDisallow: /"
+    def read_robots(self, home: str) -> list[tuple[str, str]]:
+        """The rules of a host's robots.txt, asked for once: none where there is no such file (RFC 9309, 2.3.1)."""
+        if home not in self.robots:
+            try:
+                text = self.fetch(f"{home}/robots.txt", is_picture=False)[: 500 * 1024].decode("utf-8-sig", "replace")
+                self.robots[home] = parse_robots(text)
+            except Unusable as error:
+                is_absent = 400 <= error.status < 500 and not error.again
+                self.robots[home] = [] if is_absent else [("fault", f"robots.txt can't be had: {error}")]
+            waits = [re.match(r"\d+(\.\d+)?", value) for name, value in self.robots[home] if name == "crawl-delay"]
+            self.delays[home] = max([float(wait[0]) for wait in waits if wait], default=0.0)
+            self.starts[home] = time.monotonic() + self.delays[home]
+            if self.delays[home] > PATIENCE:
+                raise SourceError(f"{home}/robots.txt asks for {self.delays[home]:,.0f} seconds between requests")
+        return self.robots[home]
+
+    def obey(self, rules: list[tuple[str, str]], path: str) -> None:
+        """Raises for a path that robots.txt keeps back. A fault of the file itself is over in another crawl."""
+        for name, reason in rules:
+            if name == "fault":
+                raise Unusable(reason)
+        if not is_allowed(rules, path):
+            raise Unusable("robots.txt", final=True)
+        if is_opted_out(rules, path):
+            raise Unusable("not for training (robots.txt)", final=True)
 
 
 def origin(parts: SplitResult) -> tuple[str, str, int]:
@@ -277,14 +380,13 @@ def origin(parts: SplitResult) -> tuple[str, str, int]:
 
 
 @contextlib.contextmanager
-def ask(parts: SplitResult, trusted: bool, path: str) -> Iterator[http.client.HTTPResponse]:
+def ask(parts: SplitResult, trusted: bool, path: str, agent: str) -> Iterator[http.client.HTTPResponse]:
     """One request, whose answer's body is still to be read. The connection is made to the very address that was
     checked: looked up again, the name could lead elsewhere.
     """
     scheme, host, port = origin(parts)
     found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    public = [address.is_global and not address.is_multicast for address in map(ipaddress.ip_address, found)]
-    if not trusted and not all(public):
+    if not trusted and not all(map(is_public, found)):
         raise Unusable("on a private network")
     for address in found:
         with contextlib.suppress(OSError):
@@ -294,7 +396,6 @@ def ask(parts: SplitResult, trusted: bool, path: str) -> Iterator[http.client.HT
         raise ConnectionError
     if scheme == "https":
         connected = ssl.create_default_context().wrap_socket(connected, server_hostname=host)
-    agent = f"{AGENT}/1.0 (face crops for a small generative model; at most one request a second)"
     headers = {"User-Agent": agent, "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
     with connected:
         connection = http.client.HTTPConnection(parts.netloc)
@@ -325,30 +426,69 @@ class Stream(io.RawIOBase):
         received = self.connected.recv_into(buffer)
         self.size += received
         if self.size > MAX_BYTES + 2**16:  # the headers count as well
-            raise Unusable("more than 20 MiB")
+            raise Unusable("more than 20 MiB", final=True)
         return received
 
 
-def allowed(robots: str, path: str) -> bool:
-    """Whether a robots.txt lets this program, or else all programs, fetch a path (RFC 9309, 2.2). The longest rule that
-    matches the path's beginning holds, of equals the friendlier; * is anything, a last $ is the path's end.
-    """
+def is_public(address: str) -> bool:
+    """Whether an IP address, or the IPv4 address that an IPv6 one stands for, is on the public internet."""
+    ip = ipaddress.ip_address(address)
+    if ip.version == 6:
+        in_last_bits = any(ip in ipaddress.ip_network(network) for network in IPV4_IN_IPV6)
+        ip = ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if in_last_bits else ip.sixtofour or ip
+    return ip.is_global and not ip.is_multicast
+
+
+def parse_robots(text: str) -> list[tuple[str, str]]:
+    """The rules of a robots.txt for this program, or else for all programs: names and values (RFC 9309, 2.2)."""
     groups, agents, in_rules = {}, [], False
-    for line in robots.splitlines():
-        key, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
-        if key.lower() == "user-agent":
-            agents = ([] if in_rules else agents) + [groups.setdefault(value.partition("/")[0].lower(), [])]
+    for line in text.splitlines():
+        name, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
+        name = name.lower()
+        if name == "user-agent":
+            agents = ([] if in_rules else agents) + [re.match(r"[*\w-]*", value)[0].lower()]
+            groups.setdefault(agents[-1], [])
             in_rules = False
-        elif key.lower() in ("allow", "disallow"):
-            in_rules = True
-            for rules in agents:
-                rules.append((unquote(value), key.lower() == "allow"))
-    longest = (0, True)
-    for rule, allow in groups.get(AGENT, groups.get("*", [])):
-        wildcards = (re.sub(r"[?[]", r"[\g<0>]", rule) + "*").removesuffix("$*")  # fnmatch has a meaning for ? and [
-        if rule and fnmatch.fnmatchcase(unquote(path), wildcards):
-            longest = max(longest, (len(rule), allow))
-    return longest[1]
+        elif name in ("content-signal", "content-usage") or agents and name in ("allow", "disallow", "crawl-delay"):
+            in_rules = in_rules or name != "crawl-delay"
+            for agent in agents or ["*"]:  # an opt-out before all groups is for all
+                groups.setdefault(agent, []).append((name, value))
+    return groups.get(AGENT, groups.get("*", []))
+
+
+def is_allowed(rules: list[tuple[str, str]], path: str) -> bool:
+    """Whether this program may fetch a path. The longest rule that matches holds, of equals the friendlier."""
+    found = [
+        (len(value), name == "allow")
+        for name, value in rules
+        if name in ("allow", "disallow") and value and matches(value, path)
+    ]
+    return max(found, default=(0, True))[1]
+
+
+def is_opted_out(rules: list[tuple[str, str]], path: str) -> bool:
+    """Whether training on a path is refused, by `[path] preferences`. The longest path holds, of equals the stricter
+    (draft-ietf-aipref-attach, 3.1).
+    """
+    found = []
+    for name, value in rules:
+        pattern, preferences = re.fullmatch(r"([/*]\S*)?\s*(.*)", value).groups(default="")
+        if name.startswith("content-") and re.search(TRAINING + "[yn]", preferences) and matches(pattern, path):
+            found.append((len(pattern), bool(re.search(TRAINING + "n", preferences))))
+    return max(found, default=(0, False))[1]
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a path begins like a pattern, in which * stands for anything and a last $ for the path's end."""
+    first, *others = [unquote(piece) for piece in pattern.removesuffix("$").split("*")]
+    path, place = unquote(path), len(first)
+    if not path.startswith(first):
+        return False
+    for piece in others:
+        place = path.find(piece, place) + len(piece)
+        if place < len(piece):
+            return False
+    return place == len(path) or not pattern.endswith("$") or bool(others) and path.endswith(others[-1])
 
 
 # --------------------------------------------------------------------------- faces, in torch, and their crops
@@ -382,11 +522,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*image.size[::-1], -1).int()
 
 
-def find_faces(image: Image.Image, cascade: tuple[int, list[tuple]], smallest: int) -> list[tuple[int, int, int]]:
+def find_faces(image: Image.Image, cascade: tuple[int, list[tuple]], smallest: int, neighbours: int) -> list[tuple]:
     """Left, top and side of the faces of an RGB image, in pixels, none smaller than `smallest`."""
     weights = torch.tensor([4899, 9617, 1868], dtype=torch.int32)  # OpenCV's, of a sum of 2^14
     grey = ((to_tensor(image) * weights).sum(2, dtype=torch.int32) + 8192) >> 14  # (H, W)
-    return merge(find_windows(equalize(grey), cascade, smallest))
+    return merge(find_windows(equalize(grey), cascade, smallest), neighbours)
 
 
 def equalize(grey: Tensor) -> Tensor:
@@ -447,15 +587,15 @@ def sum_votes(integral: Tensor, corners: Tensor, votes: Tensor) -> Tensor:
     return votes.flatten()[pattern].sum(0)
 
 
-def merge(windows: Tensor) -> list[tuple[int, int, int]]:
-    """OpenCV's groupRectangles with more than 5 neighbours: the means of clusters of similar windows."""
+def merge(windows: Tensor, neighbours: int) -> list[tuple[int, int, int]]:
+    """OpenCV's groupRectangles: the means of clusters of more than `neighbours` similar windows."""
     edges = torch.cat([windows[:, :2], windows[:, :2] + windows[:, 2:]], 1)
     cluster = torch.arange(len(windows))
     for window, edge in zip(windows, edges):  # all clusters that have a window like this one become one
         near = (5 * (edges - edge).abs() <= windows[:, 2:].minimum(window[2])).all(1)
         cluster[torch.isin(cluster, cluster[near])] = cluster[near][0]
     groups = [windows[cluster == number].double() for number in cluster.unique()]
-    strong = [(tuple(group.mean(0).round().int().tolist()), len(group)) for group in groups if len(group) > 5]
+    strong = [(tuple(group.mean(0).round().int().tolist()), len(group)) for group in groups if len(group) > neighbours]
 
     def inside(a, b):
         slack = round(0.2 * b[2])
@@ -465,35 +605,59 @@ def merge(windows: Tensor) -> list[tuple[int, int, int]]:
 
 
 def decode(picture: bytes | str) -> Image.Image:
-    """RGB, upright, on white. Raises Unusable."""
+    """RGB, upright, on white, from a file's bytes or its path. Raises Unusable."""
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from here on, and refuses from twice as many
     try:
+        data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        if count_scans(data) > MAX_SCANS:
+            raise Unusable("more scans than any encoder writes", final=True)
         with warnings.catch_warnings(record=True):  # which nobody reads
-            source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
-            image = Image.open(source, formats=["JPEG", "PNG", "WEBP", "GIF"])
+            formats = ["JPEG", "PNG", "WEBP", "GIF"] if isinstance(picture, bytes) else list_formats()
+            image = Image.open(io.BytesIO(data), formats=formats)
             image.load()  # before anything else, which might forgive a broken file
             return common.to_rgb(image)
+    except Unusable:
+        raise
     except Image.DecompressionBombError as error:
-        raise Unusable("more than 40 million pixels") from error
+        raise Unusable("more than 40 million pixels", final=True) from error
     except Exception as error:  # decoders of broken files raise anything
         raise Unusable("not a whole picture") from error
 
 
-def crop_faces(image: Image.Image, cascade: str | None, min_face: int, margin: float) -> list[tuple]:
+def count_scans(data: bytes) -> int:
+    """How often a JPEG file goes over its pixels; 0 for other files. A decoder's time is pixels times scans."""
+    scans, place = 0, 2 if data.startswith(b"\xff\xd8") else len(data)
+    while marker := MARKER.search(data, place):
+        if marker[0] == b"\xff\xd9":  # the end
+            break
+        scans += marker[0] == b"\xff\xda"
+        place = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+    return scans
+
+
+@functools.cache
+def list_formats() -> list[str]:
+    """What of a user's own files is read: Pillow's readers that start no program, as far as they were built in."""
+    Image.init()
+    return [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN]
+
+
+def crop_faces(image: Image.Image, way: Way) -> list[tuple]:
     """The faces of a picture, or its centre square without a cascade, as `cut` gives them."""
-    if not cascade:
+    if way.detector == "none":
         side = min(image.size)
         box = (image.width - side) // 2, (image.height - side) // 2, side
-        return [cut(image, box, 1)] if side >= min_face else []
+        return [cut(image, box, 1)] if side >= way.min_face else []
     scale = min(1.0, 1000 / max(image.size))  # the detector was measured at 1000 pixels, on faces of 48 and more
     small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
-    found = find_faces(small, read_cascade(cascade), max(48, round(min_face * scale)))
-    return [cut(image, tuple(round(value / scale) for value in box), margin) for box in sorted(found)]
+    smallest = max(48, round(way.min_face * scale))
+    found = find_faces(small, read_cascade(way.cascade), smallest, way.neighbours)
+    return [cut(image, tuple(round(value / scale) for value in box), way.margin) for box in sorted(found)]
 
 
 def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> tuple[bytes, tuple, int, str]:
     """A square around a face, a little higher; at the picture's edges it is moved, then shrunk, never padded. Returns
-    the JPEG, the box, a hash (whether each of 8x8 areas is darker than the next) and "grey", "blurred" or "".
+    the JPEG, the box, its hash and "grey", "blurred" or "".
     """
     left, top, face = box
     side = min(round(margin * face), *image.size)
@@ -502,15 +666,20 @@ def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> tuple[b
     top = min(max(round(top + face / 2 - raised - side / 2), 0), image.height - side)
     crop = image.resize((256, 256), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
     crop.save(jpeg := io.BytesIO(), "JPEG", quality=95)
-    grey = to_tensor(crop.convert("L").resize((9, 8), Image.Resampling.BOX))[..., 0]
-    bits = (grey[:, :-1] < grey[:, 1:]).flatten().tolist()
     small = crop.resize((64, 64), Image.Resampling.LANCZOS)  # as in training
     pixels, grey = to_tensor(small).float(), to_tensor(small.convert("L"))[..., 0].float()  # (64, 64, 3), (64, 64)
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
     # Either bound would drop none to 0.3 % of 3,000 faces of the usual data set.
     flaw = "blurred" if laplacian.clamp(-128, 127).var(correction=0) < 100 else ""
     flaw = "grey" if (pixels.amax(2) - pixels.amin(2)).mean() < 8 else flaw
-    return jpeg.getvalue(), box, sum(bit << place for place, bit in enumerate(bits)), flaw
+    return jpeg.getvalue(), box, hash_crop(crop), flaw
+
+
+def hash_crop(crop: Image.Image) -> int:
+    """64 bits: whether each of 8x8 areas is darker than the next."""
+    grey = to_tensor(crop.convert("L").resize((9, 8), Image.Resampling.BOX))[..., 0]
+    bits = (grey[:, :-1] < grey[:, 1:]).flatten().tolist()
+    return sum(bit << place for place, bit in enumerate(bits))
 
 
 # ----------------------------------------------------------------------------------- the folder and its state
@@ -523,61 +692,157 @@ class Folder:
     (worth a try in another crawl) or "forgotten".
     """
 
-    def __init__(self, path: str):
-        self.path, self.table = Path(path), Path(path, "metadata.csv")
+    def __init__(self, path: str, way: Way):
+        self.path, self.table, self.way, self.rows = Path(path), Path(path, "metadata.csv"), way, {}
         for leftover in (*self.path.glob(".*-*.jpg.*.tmp"), *self.path.glob(".metadata.csv.*.tmp")):
             leftover.unlink()  # of a crawl that was killed while it wrote
-        data = self.table.read_bytes() if self.table.exists() else b""
-        try:  # without a last row that a kill or a full disk tore
-            rows = list(reader := csv.DictReader(io.StringIO(data[: data.rfind(b"\n") + 1].decode())))
-            if data and reader.fieldnames != FIELDS or any(None in (*row, *row.values()) for row in rows):
-                raise ValueError("other columns")
-        except (csv.Error, ValueError) as error:
-            raise common.UserError(f"{self.table} is damaged or another's ({error}): move it away") from error
-        self.rows = {(row["site"], row["id"]): row for row in rows}
-        self.hashes = [int(word, 16) for row in self.rows.values() for word in row["hashes"].split()]
+        for row in read_table(self.table):
+            known = self.rows.setdefault((row["site"], row["id"]), row)
+            if known["outcome"] != "forgotten":  # which no other row undoes
+                self.rows[row["site"], row["id"]] = row
+        for row in self.rows.values():
+            words = [word.rjust(17, "h") for word in row["hashes"].split() if re.fullmatch(HASH, word)]
+            if sum(word[0] == "h" for word in words) < len(row["crops"].split()):  # a spreadsheet has rounded them
+                words = self.hash_files(row["crops"].split())
+            row["hashes"] = " ".join(words)
+        words = [word for row in self.rows.values() for word in row["hashes"].split()]
+        self.hashes = [int(word[1:], 16) for word in words if word[0] == "h"]
+        self.faces = sum(len(row["crops"].split()) for row in self.rows.values())
+        forgotten = [row for row in self.rows.values() if row["outcome"] == "forgotten"]
+        self.forgotten_md5s = {word for row in forgotten for word in row["hashes"].split() if word[0] == "m"}
         self.rewrite()
+        self.sweep()
 
     def rewrite(self) -> None:
         with common.replacing(self.table) as temporary:
             self.write(temporary, [dict(zip(FIELDS, FIELDS)), *self.rows.values()])
 
     def write(self, table: Path, rows: list[dict]) -> None:
+        cells = [{name: unformula(row.get(name, "")) for name in FIELDS} for row in rows]
         with open(table, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n").writerows(rows)
+            csv.DictWriter(file, FIELDS, lineterminator="\n").writerows(cells)
             file.flush()
             os.fsync(file.fileno())
 
-    def knows(self, post: dict) -> bool:
-        return self.rows.get((post["site"], post["id"]), {}).get("outcome", "failed") != "failed"
+    def choose(self, posts: Iterable[dict]) -> Iterator[dict]:
+        """The posts that are to be looked at; a forgotten picture under another name is not to be fetched."""
+        for post in posts:
+            if not post["reason"] and self.forgotten_md5s.intersection(post["md5s"]):
+                post["reason"] = "forgotten"
+            if self.wants(post):
+                yield post
+
+    def wants(self, post: dict) -> bool:
+        """Whether a post is new, or was left for a reason that may hold no more."""
+        row = self.rows.get((post["site"], post["id"]))
+        if not row or row["outcome"] == "failed" or row["reason"] in RECHECKED:
+            return True
+        if row["reason"] in OWN_REASONS:
+            return row["reason"] != post["reason"]
+        return row["outcome"] == "none" and not post["reason"] and self.way.may_find_more(row["reason"], row["options"])
 
     def add(self, row: dict, crops: list[tuple]) -> list[str]:
         """Save a post's crops, then its row. Returns why it, or some of its crops, was dropped."""
         kept, dropped = [], []
         for jpeg, box, hash, flaw in crops:
+            if flaw == "grey" and self.way.colours == "grey":
+                flaw = ""
             if flaw or any((hash ^ known).bit_count() <= 4 for known in self.hashes):
                 dropped.append(flaw or "near-duplicate")
                 continue
             name = f"{row['site']}-{row['id']}-{len(kept)}.jpg"
             with common.replacing(self.path / name) as temporary:
                 temporary.write_bytes(jpeg)
-            kept.append((name, ",".join(map(str, box)), f"{hash:016x}"))
+            kept.append((name, "_".join(map(str, box)), f"h{hash:016x}"))
             self.hashes.append(hash)
         row |= dict(zip(("crops", "boxes", "hashes"), map(" ".join, zip(*kept))))
+        row["hashes"] = " ".join([*row["md5s"], *row.get("hashes", "").split()])
         if row["outcome"] == "faces" and not kept:
             row |= dict(outcome="none", reason=", ".join(dict.fromkeys(dropped)) or "no face")
         self.rows[row["site"], row["id"]] = row
+        self.faces += len(kept)
         self.write(self.table, [row])
         return dropped or [row["reason"]] * bool(row["reason"])
 
     def forget(self, names: list[tuple[str, str]]) -> int:
-        """Mark posts as never to be fetched, then delete their crops; returns how many."""
-        self.rows |= {(site, id): dict(site=site, id=id, outcome="forgotten") for site, id in names}
+        """Mark posts as never to be fetched, then delete their crops; returns how many. Their hashes stay, so that the
+        same pictures under other names are known.
+        """
+        files = {(site, id): sorted(path.name for path in self.path.glob(f"{site}-{id}-*.jpg")) for site, id in names}
+        unknown = [f"{site}-{id}" for site, id in files if not files[site, id] and (site, id) not in self.rows]
+        if unknown:
+            raise common.UserError(f"neither {self.table} nor a crop there has a post {', '.join(unknown)}")
+        for site, id in files:
+            hashes = self.rows.get((site, id), {}).get("hashes", "") or " ".join(self.hash_files(files[site, id]))
+            self.rows[site, id] = dict(site=site, id=id, outcome="forgotten", hashes=hashes)
         self.rewrite()
-        crops = [path for site, id in names for path in self.path.glob(f"{site}-{id}-*.jpg")]
+        return self.sweep()
+
+    def sweep(self) -> int:
+        """Delete all crops of forgotten posts; returns how many."""
+        forgotten = {f"{site}-{id}" for (site, id), row in self.rows.items() if row["outcome"] == "forgotten"}
+        crops = [path for path in self.path.glob("*-*-*.jpg") if path.name.rpartition("-")[0] in forgotten]
         for path in crops:
             path.unlink()
         return len(crops)
+
+    def hash_files(self, names: list[str]) -> list[str]:
+        """The hashes of crops, as the table has them, as far as the files are there."""
+        words = []
+        for name in names:
+            with contextlib.suppress(OSError), Image.open(self.path / name, formats=["JPEG"]) as crop:
+                words.append(f"h{hash_crop(crop):016x}")
+        return words
+
+
+def read_table(path: Path) -> list[dict]:
+    """The rows of a metadata.csv, also as editors and spreadsheets save it; a last row that a kill or a full disk tore
+    is left out. Raises UserError.
+    """
+    text = read_text(path) if path.exists() else ""
+    header = text.partition("\n")[0].rstrip("\r")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=next((c for c in ";\t" if c in header), ","))
+    try:
+        rows = [row for row in reader if any(row.values())]
+        if text and set(reader.fieldnames) | {"options"} != set(FIELDS):
+            raise ValueError("other columns")
+        if rows and not text.endswith("\n") and not is_whole(rows[-1]):
+            del rows[-1]
+        if any(None in row or None in row.values() for row in rows):
+            raise ValueError("other columns in a row")
+    except (csv.Error, ValueError) as error:
+        raise common.UserError(f"{path} is damaged or another's ({error}): move it away") from error
+    return [{"options": ""} | row for row in rows]
+
+
+def is_whole(row: dict) -> bool:
+    """Whether a row that ends without a line's end has all its text: it ends with a hash for each crop."""
+    words = (row["hashes"] or "").split()
+    crops = [word for word in words if word[0] != "m"]
+    return (
+        None not in row.values()
+        and all(re.fullmatch(HASH, word) for word in words)
+        and (len(crops) >= len(row["crops"].split()))
+    )
+
+
+def read_text(path: Path) -> str:
+    """A text file as editors write it: in UTF-8 or UTF-16 with or without a mark, or with lines in Latin-1."""
+    data = path.read_bytes()
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace")
+    lines = []
+    for line in data.removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True):
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError:
+            lines.append(line.decode("latin-1"))
+    return "".join(lines)
+
+
+def unformula(cell: str) -> str:
+    """A cell that no spreadsheet runs."""
+    return f"'{cell}" if cell.startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20")) else cell
 
 
 def locked(folder: Path) -> contextlib.closing:
@@ -598,66 +863,115 @@ def locked(folder: Path) -> contextlib.closing:
 def crawl(args: argparse.Namespace) -> None:
     """From the options to a folder of crops."""
     with locked(Path(args.to)):
-        folder = Folder(args.to)
+        colours = "grey" if args.grey else "colour"
+        way = Way(args.detector, args.min_face, args.margin, args.neighbours, colours)
+        folder = Folder(args.to, way)
         if args.forget:
-            print(f"{AGENT}: {len(args.forget)} posts forgotten, {folder.forget(args.forget)} crops deleted")
+            say(f"{folder.forget(args.forget)} crops deleted, posts forgotten: {len(set(args.forget))}")
             return
         fetcher, posts = find_posts(args)
-        how = (find_cascade(args.cascade) if args.detector == "lbp" else None, args.min_face, args.margin)
-        print(f"{AGENT}: {args.to} has {len(folder.hashes):,} faces of {len(folder.rows):,} posts", flush=True)
-        new = (post for post in posts if not folder.knows(post))
+        if args.detector == "lbp":
+            way = way._replace(cascade=find_cascade(args.cascade))
+        say(f"{args.to} has {folder.faces:,} faces of {len(folder.rows):,} posts")
         # Pictures are fetched one at a time, so that a killed crawl has fetched at most one in vain.
-        results = common.map_in_processes(crop_post, new, 0 if fetcher else len(posts) // 8, fetcher, *how)
+        workers = 0 if fetcher else len(posts) // 8
+        results = common.map_in_processes(crop_post, folder.choose(posts), workers, fetcher, way)
         end = collect(results, folder, args.limit, 0 if args.limit else len(posts), fetcher)
-        print(f"{AGENT}: reached {end}: {len(folder.hashes):,} faces in {args.to}, credits in {folder.table}")
+        say(f"reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
         name = "anime" if args.to == "data/anime" else shlex.quote(args.to)
-        advice = f"next: python dcgan.py --dataset {name}"
-        print(f"{AGENT}: {advice if folder.hashes else 'no face yet: try other --tags'}")
+        advice = "no face yet: try --detector none" + (" or other --tags" if args.is_site else "")
+        say(f"next: python dcgan.py --dataset {name}" if folder.faces else advice)
+
+
+def say(text: str) -> None:
+    """Print a line; a name that the terminal has no letters for is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(f"{AGENT}: {text}".encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def find_posts(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[dict]]:
     """Who fetches the pictures, unless they are on this disk, and all posts that the options ask for."""
     if args.from_dir:
-        paths = [path for path in sorted(Path(args.from_dir).resolve().rglob("*")) if path.suffix.lower() in SUFFIXES]
-        paths = [path for path in paths if Path(args.to).resolve() not in path.parents and path.is_file()]
-        return None, [name_post("file", str(path), path.as_uri()) for path in paths]
+        paths = list_pictures(Path(args.from_dir).resolve(), os.path.realpath(args.to))
+        if not paths:
+            raise common.UserError(f"--from-dir {args.from_dir} holds no picture")
+        return None, [name_post("file", path, Path(path).as_uri()) for path in paths]
+    hosts, trusted = args.file_hosts, args.vouched
     if args.urls:
-        lines = [line.strip() for line in Path(args.urls).read_text("utf-8", "replace").splitlines()]
-        hosts = {host for line in lines for host in re.findall("^https://([^/:?#]+)", line.lower())}
+        lines = [line.strip() for line in read_text(Path(args.urls)).splitlines()]
+        hosts = hosts | {host for line in lines for host in re.findall("^https://([^/:?#]+)", line.lower())}
         posts = [name_post("url", line, printable(line, 2000)) for line in lines if line and line[0] != "#"]
-        return Fetcher(hosts, args.base_url, args.delay), posts
+        return Fetcher(hosts, trusted, args.delay, args.contact), posts
     site = SITES[args.site]
-    hosts = {urlsplit(site.home).hostname.removeprefix("danbooru.")}  # Danbooru's files are on cdn.donmai.us
     if args.base_url:
         name = re.sub(r"[^a-z0-9.]", "_", urlsplit(args.base_url).hostname)  # --forget parts site and id at the hyphen
-        hosts, site = set(), site._replace(name=name, home=args.base_url)
+        site = site._replace(name=name, home=args.base_url)
+    hosts = hosts | find_domain(urlsplit(site.home).hostname)  # Danbooru's files are on cdn.donmai.us
     tags = site.tags if args.tags is None else args.tags
     tags = f"{tags} {site.general if args.rating == ['general'] else ''}".strip()
-    fetcher = Fetcher(hosts, args.base_url, args.delay)
-    return fetcher, site_posts(fetcher, site, tags, args.rating)
+    faceless = FACELESS_TAGS - MANGA_TAGS if args.grey else FACELESS_TAGS
+    fetcher = Fetcher(hosts, trusted, args.delay, args.contact)
+    return fetcher, site_posts(fetcher, site, tags, args.rating, faceless)
+
+
+def find_domain(host: str) -> set[str]:
+    """The registered domain of a host, such as donmai.us or example.co.uk; none of an IP address or a local name."""
+    labels = host.split(".")
+    if labels[-1].isdecimal() or ":" in host or len(labels) < 2:
+        return set()
+    is_national = len(labels[-1]) == 2 and len(labels[-2]) <= 3  # .co.uk, .com.br, .ne.jp
+    return {".".join(labels[-3 if is_national else -2 :])}
+
+
+def list_pictures(folder: Path, without: str) -> list[str]:
+    """The paths of all files below a folder that are pictures by content or by name, sorted; but those below `without`
+    and hidden ones. Links are followed, but not in circles.
+    """
+
+    def fail(error: OSError):
+        raise error
+
+    found, seen = [], {without}
+    for directory, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        place = os.path.realpath(directory)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = [name for name in sorted(folders) if name[0] != "."]
+        found += [path for name in names if name[0] != "." and is_picture(path := os.path.join(directory, name))]
+    return sorted(found)
+
+
+def is_picture(path: str) -> bool:
+    with contextlib.suppress(Exception):  # whatever its bytes lead to
+        if os.path.isfile(path) and not path.lower().endswith(SUFFIXES):
+            Image.open(path, formats=list_formats()).close()
+        return os.path.isfile(path)
+    return False
 
 
 def name_post(site: str, address: str, page: str) -> dict:
-    """A post that no site names: its id is a digest of its address."""
-    id = hashlib.sha256(os.fsencode(address)).hexdigest()[:16]
-    return dict(site=site, id=id, page=page, reason="", files={address: ""})
+    """A post that no site names: its id is a digest of its address, and no number (12e34567...) to a spreadsheet."""
+    digest = hashlib.sha256(os.fsencode(address)).hexdigest()
+    id = next(part for part in (digest[i : i + 16] for i in range(48)) if re.search("[abcdf]", part))
+    return dict(site=site, id=id, page=page, reason="", files={address: ""}, md5s=[])
 
 
-def crop_post(post: dict, fetcher: Fetcher | None, *how) -> tuple[dict, list[tuple]]:
+def crop_post(post: dict, fetcher: Fetcher | None, way: Way) -> tuple[dict, list[tuple]]:
     """A post's row as far as it is known, and its crops."""
     try:
         if not fetcher:
             torch.set_num_threads(1)  # more would be no faster, and there is a process on every core
         picture = fetch_picture(post, fetcher) if fetcher else next(iter(post["files"]))
-        return post | dict(outcome="faces"), crop_faces(decode(picture), *how)
+        return post | dict(outcome="faces", options=str(way)), crop_faces(decode(picture), way)
     except Unusable as error:
-        failed = error.again or error.status in (401, 403)
-        return post | dict(outcome="failed" if failed else "skipped", reason=str(error)), []
+        return post | dict(outcome="skipped" if error.final else "failed", reason=str(error)), []
 
 
 def fetch_picture(post: dict, fetcher: Fetcher) -> bytes:
     """The first of a post's files that is there. Raises Unusable."""
-    missing = Unusable(post["reason"])
+    missing = Unusable(post["reason"], final=True)
     for address, md5 in () if post["reason"] else post["files"].items():
         try:
             body = fetcher.fetch(address)
@@ -673,26 +987,43 @@ def fetch_picture(post: dict, fetcher: Fetcher) -> bytes:
 
 
 def collect(results: Iterator, folder: Folder, limit: int | None, total: int, fetcher: Fetcher | None) -> str:
-    """Save results up to the limit of faces, with a line of progress; returns what ended it."""
-    before, new, failures, counts, summary = len(folder.hashes), 0, 0, collections.Counter(), "nothing new"
+    """Save results up to the limit of faces, with a line of progress; returns what ended it. Raises SourceError when
+    too many pictures in a row, or nearly all, did not come; old failures do not end a crawl before its new posts.
+    """
+    before, new, came, counts, summary = folder.faces, 0, 0, collections.Counter(), "nothing new"
+    lost, in_a_row = collections.Counter(), collections.Counter()
     progress = common.Progress(max(0, limit - before) if limit else total, "faces" if limit else "pictures")
+    end = "the limit"
     try:
-        while not limit or len(folder.hashes) < limit:
+        while not limit or folder.faces < limit:
             if limit and new >= POSTS_PER_FACE * limit:
-                return f"{POSTS_PER_FACE} posts for each face asked for"
+                end = f"{POSTS_PER_FACE} posts for each face asked for"
+                break
             if not (result := next(results, None)):
-                return "the end of the source"
-            new += 1
+                end = "the end of the source"
+                break
+            post, new = result[0], new + 1
+            is_first = (post["site"], post["id"]) not in folder.rows
             counts.update(folder.add(*result))
-            faces, skipped = len(folder.hashes) - before, [f"{count:,} {why}" for why, count in counts.most_common()]
+            faces, skipped = folder.faces - before, [f"{count:,} {why}" for why, count in counts.most_common()]
             summary = f"{faces:,} faces of {new:,} posts" + (f", {fetcher.bytes / 1e6:.1f} MB" if fetcher else "")
             summary += f"; skipped: {', '.join(skipped)}" if skipped else ""
-            progress.update(faces if limit else new, f"· {summary}")
-            failures = {"failed": failures + 1, "faces": 0}.get(result[0]["outcome"], failures)
-            if failures == FAILURES:
-                why = result[0]["reason"]
-                raise SourceError(f"{failures} pictures did not come, and none between them did ({why})")
-        return "the limit"
+            progress.update(faces if limit else new, f"; {summary}")
+            if not fetcher or post["reason"] in OWN_REASONS:
+                continue
+            if post["outcome"] in ("faces", "none"):
+                came += 1
+                in_a_row.clear()
+                continue
+            in_a_row[post["outcome"]] += is_first
+            lost[post["reason"]] += is_first or post["outcome"] == "failed" or not folder.faces
+            if in_a_row["failed"] == FAILURES or in_a_row["skipped"] == REFUSALS:
+                count = in_a_row[post["outcome"]]
+                raise SourceError(f"{count} pictures did not come, and none between them did ({post['reason']})")
+        if lost.total() > 9 * came and (lost.total() > 2 or not folder.faces):
+            why, count = lost.most_common(1)[0]
+            raise SourceError(f"{lost.total()} of {lost.total() + came} pictures did not come ({count} times: {why})")
+        return end
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
     finally:
@@ -704,9 +1035,9 @@ def find_cascade(path: str | None) -> str:
     """The detector's file: the given one, or the author's own, downloaded once and checked."""
     file = Path(path or CASCADE_FILE)
     if not path and not file.exists():
-        print(f"{AGENT}: downloading the face detector (MIT licence, nagadomi) to {file}", flush=True)
+        say(f"downloading the face detector (MIT licence, nagadomi) to {file}")
         try:
-            data = Fetcher({urlsplit(CASCADE_URL).hostname}, None, 1.0).fetch(CASCADE_URL, is_picture=False)
+            data = Fetcher({urlsplit(CASCADE_URL).hostname}, [], 1.0).fetch(CASCADE_URL, is_picture=False)
         except Unusable as error:
             way_out = f"put {CASCADE_URL} into {file}, or try --detector none"
             raise SourceError(f"the face detector can't be had ({error}): {way_out}") from error
@@ -726,36 +1057,68 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--urls", metavar="FILE", help="a list of picture addresses, one a line, instead of a site")
     add("--from-dir", metavar="DIR", help="a folder of pictures instead of a site")
     add("--base-url", metavar="URL", help="another host that speaks the site's API, as http(s)://HOST:PORT")
+    file_host = "other hosts of its files, as HOST or http(s)://HOST:PORT"
+    add("--file-host", nargs="+", default=[], metavar="HOST", help=file_host)
     add("--to", metavar="DIR", default="data/anime", help="folder of the crops (data/anime)")
     add("--limit", type=number(int, 1), metavar="N", help="faces in the folder at the end (2000 from a site)")
     ratings = f"what to take of {', '.join(RATINGS)} (general)"
     add("--rating", nargs="+", choices=RATINGS, default=["general"], metavar="RATING", help=ratings)
     add("--detector", choices=["lbp", "none"], default="lbp", help="find faces, or take the centre square (lbp)")
     add("--cascade", metavar="FILE", help=f"the detector's file, downloaded when absent ({CASCADE_FILE})")
+    neighbours = "a face is where more than N of the detector's windows agree (4; OpenCV's own default is 3)"
+    add("--neighbours", type=number(int, 0), default=4, metavar="N", help=neighbours)
     add("--min-face", type=number(int, 24), default=64, metavar="PIXELS", help="smallest face's side (64)")
     add("--margin", type=number(float, 1, 4), default=1.5, metavar="RATIO", help="the crop's side in face sides (1.5)")
+    add("--grey", action="store_true", help="keep grey crops and manga, too")
     add("--delay", type=number(float, 0), default=1.0, metavar="SECONDS", help="between two requests (1)")
+    contact = "your page or mail address for the User-Agent; Danbooru asks for one"
+    add("--contact", default="none given", metavar="TEXT", help=contact)
     add("--forget", nargs="+", default=[], metavar="ID", help="delete these posts' crops, never fetch them again")
     args = parser.parse_args(argv)
-    base = re.fullmatch(r"(https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?)/?", (args.base_url or "").lower())
-    names = [re.fullmatch(r"(?:([a-z0-9._]+)-)?([0-9a-f]{1,16})(?:-\d+\.jpg)?", text) for text in args.forget]
-    is_site, is_here = not (args.urls or args.from_dir), base and base[2] in ("localhost", "127.0.0.1", "[::1]")
+    name = r"(?:([a-z0-9._]+)-)?([0-9a-f]{1,16})(?:-\d+\.jpg)?"
+    names = [re.fullmatch(name, Path(text).name) for text in args.forget]
+    args.file_hosts = {host.lower() for host in args.file_host if "/" not in host}
+    vouched = [read_home(host) for host in (args.base_url or "", *args.file_host) if "/" in host]
+    is_here = (
+        vouched
+        and not args.file_hosts
+        and all(re.search(r"//(localhost|127\.0\.0\.1|\[::1\])(:|$)", home or "") for home in vouched)
+    )
+    args.is_site = not (args.urls or args.from_dir)
     for mistake, message in (
-        (args.from_dir and args.urls or args.site and not is_site, "--site, --urls and --from-dir exclude each other"),
-        (args.tags is not None and not is_site, "--tags goes with --site alone"),
-        (args.base_url and args.from_dir, "--base-url goes with --site and --urls"),
-        (args.base_url and not (base and int(base[3] or 0) < 2**16), "--base-url is http://HOST:PORT or https://HOST"),
+        (
+            args.from_dir and args.urls or args.site and not args.is_site,
+            "--site, --urls and --from-dir exclude each other",
+        ),
+        (args.tags is not None and not args.is_site, "--tags goes with --site alone"),
+        ((args.base_url or args.file_host) and args.from_dir, "--base-url and --file-host go with --site and --urls"),
+        (args.base_url and not read_home(args.base_url), "--base-url is http://HOST:PORT or https://HOST"),
+        (
+            not all(vouched) or not all(map(find_domain, args.file_hosts)),
+            "--file-host is HOST, http://HOST:PORT or https://HOST",
+        ),
         (args.from_dir and not Path(args.from_dir).is_dir(), f"--from-dir {args.from_dir}: no such folder"),
-        (re.search(r"(^|\s)-?(order|sort|id):", args.tags or ""), "--tags: order:, sort: and id: are the crawl's own"),
+        (
+            re.search(r"(?i)(^|[\s({])[-~]?(ord\w*|sort|id):", args.tags or ""),
+            "--tags: order:, sort: and id: are the crawl's own",
+        ),
         (args.delay < 1 and not is_here, "--delay: less than a second is for a --base-url on this machine"),
+        (not re.fullmatch("[ -~]{1,200}", args.contact), "--contact is a page or a mail address in ASCII"),
         (not all(names), "--forget takes a crop's file name, SITE-ID or the ID of a --site's post"),
     ):
         if mistake:
             parser.error(message)
-    args.script, args.base_url, args.site = AGENT, base and base[1], args.site or "safebooru"
-    args.limit = args.limit or (2000 if is_site else None)
+    args.script, args.base_url, args.site = AGENT, read_home(args.base_url or ""), args.site or "safebooru"
+    args.vouched = vouched
+    args.limit = args.limit or (2000 if args.is_site else None)
     args.forget = [(name[1] or args.site, name[2]) for name in names]
     return args
+
+
+def read_home(text: str) -> str | None:
+    """http://HOST:PORT or https://HOST without anything behind it; None of any other text."""
+    match = re.fullmatch(r"(https?://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?)/?", text.lower())
+    return match[1] if match and int(match[2] or 0) < 2**16 else None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -184,6 +184,20 @@ def broken_chunks(handler):
     handler.answer(200, b"ffff\r\nfour", "image/png", Content_Length=None, Transfer_Encoding="chunked")
 
 
+def chunk_of(size: bytes):
+    """A chunk that claims a size in hexadecimal digits."""
+
+    def fault(handler):
+        handler.answer(200, size + b"\r\nfour", "image/png", Content_Length=None, Transfer_Encoding="chunked")
+
+    return fault
+
+
+def cut_off(body: bytes):
+    """An answer without a length that ends too early: nothing but its content tells."""
+    return lambda handler: handler.answer(200, body, "image/png", Content_Length=None)
+
+
 def endless(handler):
     handler.answer(200, b"", "image/png", Content_Length=None)
     while True:

@@ -100,8 +100,8 @@ def test_windows_equal_brute_force(cascade):
 def test_small_images_have_no_windows(cascade):
     loaded = crawl_anime.read_cascade(cascade[0])
     assert crawl_anime.find_windows(torch.zeros(7, 30, dtype=torch.int32), loaded, 8).tolist() == []
-    assert crawl_anime.find_faces(Image.new("RGB", (1, 1)), loaded, 8) == []
-    assert crawl_anime.find_faces(Image.new("RGB", (8, 8), "red"), loaded, 8) == []
+    assert crawl_anime.find_faces(Image.new("RGB", (1, 1)), loaded, 8, 5) == []
+    assert crawl_anime.find_faces(Image.new("RGB", (8, 8), "red"), loaded, 8, 5) == []
 
 
 @pytest.mark.parametrize("source, target", [(10, 7), (10, 10), (7, 3), (24, 23), (3, 1)])
@@ -125,14 +125,16 @@ def test_equalizing():
     assert crawl_anime.equalize(torch.full((2, 2), 7, dtype=torch.int32)).tolist() == [[7, 7], [7, 7]]
 
 
-def merged(windows: list) -> list:
-    return crawl_anime.merge(torch.tensor(windows, dtype=torch.int32).view(-1, 3))
+def merged(windows: list, neighbours: int = 5) -> list:
+    return crawl_anime.merge(torch.tensor(windows, dtype=torch.int32).view(-1, 3), neighbours)
 
 
 def test_merging():
     face = [(10, 10, 20), (11, 10, 20), (10, 11, 20), (11, 11, 21), (9, 10, 20), (10, 9, 19)]
     assert merged(face) == [(10, 10, 20)]
     assert merged(face[:5]) == []  # five are too few
+    assert merged(face[:5], 4) == [(10, 10, 20)] and merged(face[:4], 4) == []
+    assert merged(face[:5], 4) == [(10, 10, 20)] and merged(face[:4], 4) == []
     chain = [(2 * i, 0, 20) for i in range(8)]  # neighbours alone are alike, but that joins them all
     assert merged(chain) == [(7, 0, 20)]
     apart = [(100, 100, 60)] * 9
@@ -176,6 +178,6 @@ def test_real_faces_as_opencv_finds_them(name):
     if not (data / "illustrations" / name).exists():
         pytest.skip("DATA_DIR names no folder with illustrations")
     image = crawl_anime.decode(str(data / "illustrations" / name))
-    found = crawl_anime.find_faces(image, crawl_anime.read_cascade(str(data / "lbpcascade_animeface.xml")), 48)
+    found = crawl_anime.find_faces(image, crawl_anime.read_cascade(str(data / "lbpcascade_animeface.xml")), 48, 5)
     assert len(found) == len(OPENCV[name])
     assert all(max(overlap(face, other) for other in found) > 0.8 for face in OPENCV[name])
