@@ -78,7 +78,6 @@ class Handler(BaseHTTPRequestHandler):
         server, path = self.server, urlsplit(self.path).path
         server.log.append((server.clock(), path, self.headers["Host"]))
         self.server.last_headers = dict(self.headers)
-        query = {key: values[0] for key, values in parse_qs(urlsplit(self.path).query, keep_blank_values=True).items()}
         with contextlib.suppress(OSError):
             if server.faults[path]:
                 server.faults[path].pop(0)(self)
@@ -87,12 +86,17 @@ class Handler(BaseHTTPRequestHandler):
             elif path == "/robots.txt":
                 self.answer(200 if server.robots is not None else 404, (server.robots or "").encode(), "text/plain")
             elif path in ("/posts.json", "/post.json", "/index.php"):
-                self.answer(200, self.api(path, query), "application/json")
+                self.answer_search()
             elif path in server.files:
                 self.answer(200, server.files[path], "image/png")
             else:
                 self.answer(404)
         self.close_connection = True
+
+    def answer_search(self):
+        parts = urlsplit(self.path)
+        query = {key: values[0] for key, values in parse_qs(parts.query, keep_blank_values=True).items()}
+        self.answer(200, self.api(parts.path, query), "application/json")
 
     def api(self, path: str, query: dict) -> bytes:
         """What the family that owns the path answers, quirks included."""

@@ -840,3 +840,476 @@ def test_a_full_disk_is_one_line(server, tmp_path, capsys, monkeypatch):
         context.setattr(os, "fsync", full)
         assert crawl(server, tmp_path) == 2 and "No space left" in capsys.readouterr().err
     assert crawl(server, tmp_path) == 0 and len(crops(tmp_path)) == 3
+
+
+# --------------------------------------------------------------------------------------- what another crawl mends
+
+MAINTENANCE = picture(b"<html>back soon", kind="text/html")
+PASSING = {
+    "robots.txt answers 503": ("/robots.txt", status(503)),
+    "robots.txt answers 429": ("/robots.txt", status(429)),
+    "robots.txt never ends": ("/robots.txt", fake_booru.endless),
+    "robots.txt is on another host": ("/robots.txt", redirect("https://example.com/robots.txt")),
+    "robots.txt breaks off": ("/robots.txt", fake_booru.short),
+    "robots.txt has a chunk of nonsense": ("/robots.txt", fake_booru.chunk_of(b"f" * 20)),
+    "robots.txt forbids all for a while": ("/robots.txt", status(200, b"User-agent: *\nDisallow: /")),
+    "a maintenance page": ("", MAINTENANCE),
+    "a maintenance page as a picture": ("", picture(b"<html>back soon")),
+    "another MD5": ("", picture(encode(draw(99), "JPEG"))),
+    "half a picture": ("", fake_booru.cut_off(encode(draw(98))[:900])),
+    "nothing": ("", picture(b"")),
+    "a chunk of nonsense": ("", fake_booru.chunk_of(b"f" * 20)),
+    "a large chunk": ("", fake_booru.chunk_of(b"7fffffffff")),
+    "a negative chunk": ("", fake_booru.chunk_of(b"-5")),
+    "a redirect to a login": ("", redirect("https://login.example.com/")),
+    "a redirect loop": ("", redirect("/images/7/1.png")),
+    "not allowed": ("", status(403)),
+    "no answer of a known kind": ("", status(418)),
+    "partial content": ("", status(206, b"half")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_a_passing_fault_loses_nothing(tmp_path, monkeypatch, capsys, name):
+    """The crawl says why and ends with 3, and when the fault is over it gets all pictures."""
+    monkeypatch.setattr(crawl_anime, "TRIES", 2)
+    server, (path, fault) = FakeBooru(count=12), PASSING[name]
+    server.always |= {path: fault} if path else dict.fromkeys(server.files, fault)
+    for _ in range(3):
+        assert crawl(server, tmp_path) == 3
+        output = capsys.readouterr()
+        assert "did not come" in output.err and "--tags" not in output.out and not crops(tmp_path)
+    server.always.clear()
+    assert crawl(server, tmp_path) == 0 and len(crops(tmp_path)) == 12
+    server.close()
+
+
+def test_failures_of_old_do_not_keep_a_crawl_from_its_new_posts(tmp_path):
+    server = FakeBooru(count=25)
+    server.always |= {f"/images/7/{number}.png": status(403) for number in range(6, 26)}
+    assert [crawl(server, tmp_path) for _ in range(3)] == [3, 3, 0]  # ten posts more each time
+    assert len(crops(tmp_path)) == 5
+    server.close()
+
+
+@pytest.mark.parametrize("code", [404, 410, 451])
+def test_what_is_gone_is_not_asked_for_again(server, tmp_path, code):
+    server.faults["/images/7/2.png"] = [status(code)]
+    assert crawl(server, tmp_path) == crawl(server, tmp_path) == 0
+    assert len(server.requests("/images/7/2.png")) == 1 and rows(tmp_path)["2"]["outcome"] == "skipped"
+
+
+def test_a_hundred_refusals_end_a_crawl(tmp_path, capsys):
+    server = FakeBooru(count=0)
+    for number in range(1, 120):
+        server.add(number, b"never asked for")
+    server.robots = "User-agent: *\nContent-Signal: ai-train=no"
+    assert crawl(server, tmp_path) == 3 and not server.pictures()
+    assert "100 pictures did not come" in capsys.readouterr().err and len(rows(tmp_path)) == 100
+    server.close()
+
+
+def test_pictures_without_a_face_come_too(tmp_path):
+    server = FakeBooru(count=0)
+    for number in range(1, 25):
+        server.add(number, encode(draw(number, 20)))
+        server.add(100 + number, encode(draw(100 + number)))
+        server.always[f"/images/7/{100 + number}.png"] = status(403)
+    server.posts.sort(key=lambda post: post["id"] % 100)
+    server.posts = [post | dict(id=100 - place) for place, post in enumerate(server.posts)]
+    assert crawl(server, tmp_path) == 0 and len(rows(tmp_path)) == 48
+    server.close()
+
+
+def test_an_empty_page_in_the_middle(tmp_path, capsys):
+    server = FakeBooru(count=12, page=5)
+    empty, mid = status(200, b"[]"), [status(200, b""), status(200, b"[]")]
+    server.faults["/index.php"] = [empty, MAINTENANCE, lambda handler: handler.answer_search(), *mid]
+    assert crawl(server, tmp_path) == 0 and len(crops(tmp_path)) == 12
+    server.close()
+
+
+# ------------------------------------------------------------------------------------------------------ opt-outs
+
+
+@pytest.mark.parametrize(
+    "text, path, expected",
+    [
+        ("User-agent: *\nContent-Signal: search=yes,ai-train=no\nAllow: /", "/a", True),
+        ("User-agent: *\nContent-Signal: search=yes, ai-train=yes\nAllow: /", "/a", False),
+        ("User-agent: *\nContent-Signal: search=no, ai-input=no", "/a", False),
+        ("user-agent: *\nCONTENT-SIGNAL: AI-Train = NO", "/a", True),
+        ("User-agent: *\nContent-Usage: train-ai=n", "/a", True),
+        ("User-agent: *\nContent-Usage: search=y, train-ai=n;exact", "/a", True),
+        ("User-agent: *\nContent-Usage: ai=n", "/a", True),
+        ("User-agent: *\nContent-Usage: genai=n", "/a", True),
+        ("User-agent: *\nContent-Usage: train-ai=y, search=n", "/a", False),
+        ("User-agent: *\nContent-Usage: train-ai=n\nContent-Usage: /ok/ train-ai=y", "/ok/a", False),
+        ("User-agent: *\nContent-Usage: train-ai=n\nContent-Usage: /ok/ train-ai=y", "/a", True),
+        ("User-agent: *\nContent-Usage: /no/*.png$ train-ai=n", "/no/a.png", True),
+        ("User-agent: *\nContent-Usage: /no/*.png$ train-ai=n", "/no/a.png?x", False),
+        ("User-agent: *\nContent-Usage: /a train-ai=y\nContent-Usage: /a train-ai=n", "/a", True),
+        ("User-agent: *\nContent-Usage: train-ai=n\nContent-Usage: /a search=y", "/a", True),
+        ("User-agent: other\nContent-Signal: ai-train=no", "/a", False),
+        ("User-agent: crawl_anime\nContent-Signal: ai-train=no\n\nUser-agent: *\nAllow: /", "/a", True),
+        ("User-agent: *\nContent-Usage: train-ai=n\n\nUser-agent: Crawl_anime\nContent-Usage: train-ai=y", "/a", False),
+        ("User-agent: *\nContent-Signal: ai-train=no\nUser-agent: other\nContent-Signal: ai-train=yes", "/a", True),
+        ("Content-Signal: ai-train=no\nUser-agent: other\nAllow: /", "/a", True),
+        ("# Content-Signal: ai-train=no", "/a", False),
+    ],
+)  # fmt: skip
+def test_opt_outs_in_robots_txt(text, path, expected):
+    assert crawl_anime.is_opted_out(crawl_anime.parse_robots(text), path) is expected
+
+
+@pytest.mark.parametrize("header", [dict(Content_Signal="search=yes, ai-train=no"), dict(Content_Usage="train-ai=n")])
+def test_opt_outs_in_headers(server, tmp_path, header):
+    server.always["/images/7/2.png"] = picture(PNG, **header)
+    server.always["/images/7/1.png"] = picture(
+        server.files["/images/7/1.png"], Content_Signal="ai-train=yes", Content_Usage="train-ai=y, search=n"
+    )
+    assert crawl(server, tmp_path) == crawl(server, tmp_path) == 0
+    assert rows(tmp_path)["2"]["reason"].startswith("not for training (Content-") and len(crops(tmp_path)) == 2
+    assert len(server.requests("/images/7/2.png")) == 1
+
+
+def test_an_opt_out_in_robots_txt_is_kept(server, tmp_path, capsys):
+    server.robots = "User-agent: *\nContent-Usage: /images/7/2 train-ai=n\nAllow: /"
+    assert crawl(server, tmp_path) == 0
+    server.robots = None
+    assert crawl(server, tmp_path) == 0
+    assert server.pictures() == ["/images/7/3.png", "/images/7/1.png"]
+    assert rows(tmp_path)["2"]["reason"] == "not for training (robots.txt)"
+
+
+@pytest.mark.parametrize("delay, pause", [("7", 7), ("2.5", 2.5), ("0.1", 1), ("nonsense", 1), ("-5", 1)])
+def test_crawl_delay(server, tmp_path, delay, pause):
+    server.robots = f"User-agent: *\nCrawl-delay: {delay}\nAllow: /"
+    assert crawl(server, tmp_path) == 0
+    moments = [moment for moment, path, _ in server.log if not path.startswith("/index")]
+    assert all(pause - 0.1 < b - a < pause + 0.5 for a, b in zip(moments, moments[1:]))
+
+
+def test_a_crawl_delay_that_nobody_waits_for(server, tmp_path, capsys):
+    server.robots = "User-agent: *\nCrawl-delay: 86400"
+    assert crawl(server, tmp_path) == 3 and "86,400 seconds" in capsys.readouterr().err and not server.pictures()
+
+
+def test_contact(server, tmp_path):
+    assert crawl(server, tmp_path, "--contact", "https://example.com/faces") == 0
+    assert "contact: https://example.com/faces" in server.last_headers["User-Agent"]
+
+
+# ----------------------------------------------------------------------------------------------- what is forgotten
+
+
+def test_forgotten_stays_forgotten(server, tmp_path, capsys):
+    """By an editor that strips the last line's end, by a stale row behind it, by a crop that comes back."""
+    assert crawl(server, tmp_path) == 0
+    table, stale = tmp_path / "metadata.csv", rows(tmp_path)["1"]
+    lines, crop = table.read_bytes().splitlines(), (tmp_path / "127.0.0.1-1-0.jpg").read_bytes()
+    assert crawl(server, tmp_path, "--forget", "127.0.0.1-1") == 0 and rows(tmp_path)["1"]["outcome"] == "forgotten"
+    server.log.clear()
+    for text in (table.read_bytes().rstrip(), table.read_bytes() + lines[-1] + b"\n", table.read_bytes() + lines[-1]):
+        table.write_bytes(text)
+        (tmp_path / "127.0.0.1-1-0.jpg").write_bytes(crop)
+        assert crawl(server, tmp_path) == 0 and not server.pictures()
+        assert len(crops(tmp_path)) == 2 and rows(tmp_path)["1"]["hashes"] == stale["hashes"]
+
+
+@pytest.mark.parametrize("name", ["0001", "77", "other.site-1", "127.0.0.1-1-5.png", "127.0.0.1-01"])
+def test_forgetting_what_is_not_there_is_a_mistake(server, tmp_path, capsys, name):
+    assert crawl(server, tmp_path) == 0
+    before = (tmp_path / "metadata.csv").read_bytes()
+    assert crawl(server, tmp_path, "--forget", "127.0.0.1-2", name) == 2
+    assert "forget" in (error := capsys.readouterr().err) or "has a post" in error
+    assert (tmp_path / "metadata.csv").read_bytes() == before and len(crops(tmp_path)) == 3
+
+
+def test_a_forgotten_picture_under_another_name(server, tmp_path):
+    """By its MD5 without a request, else by its crop's hash; a crop without a row can be forgotten, too."""
+    assert crawl(server, tmp_path) == 0
+    (tmp_path / "url-abcdef-0.jpg").write_bytes((tmp_path / "127.0.0.1-3-0.jpg").read_bytes())
+    server.posts = [post for post in server.posts if post["id"] != 3]
+    assert crawl(server, tmp_path, "--forget", "127.0.0.1-2", "url-abcdef") == 0
+    table = (tmp_path / "metadata.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "metadata.csv").write_text("".join(line for line in table if "127.0.0.1,3," not in line))
+    (tmp_path / "127.0.0.1-3-0.jpg").unlink()
+    server.add(8, server.files["/images/7/2.png"])
+    server.add(9, encode(draw(2), "JPEG"))
+    server.add(10, server.files["/images/7/3.png"])
+    server.log.clear()
+    assert crawl(server, tmp_path) == 0
+    assert server.pictures() == ["/images/7/10.png", "/images/7/9.png"]
+    found = {id: row["reason"] for id, row in rows(tmp_path).items()}
+    assert found == {"1": "", "2": "", "abcdef": "", "8": "forgotten", "9": "near-duplicate", "10": "near-duplicate"}
+    assert list(crops(tmp_path)) == ["127.0.0.1-1-0.jpg"]
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+def as_excel(table: bytes) -> bytes:
+    return b"\xef\xbb\xbf" + table.replace(b"\n", b"\r\n")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        as_excel,
+        lambda table: as_excel(table).rstrip(),
+        lambda table: as_excel(table).replace(b",", b";"),
+        lambda table: table.decode().replace(",", "\t").encode("utf-16"),
+        lambda table: table.replace("é".encode(), b"\xe9"),
+        lambda table: table + b",,,,,,,,,,,\n\n",
+    ],
+)
+def test_a_table_that_a_spreadsheet_saved(server, tmp_path, change):
+    server.posts[0] |= dict(source="é")
+    assert crawl(server, tmp_path, site="danbooru") == 0
+    table, whole = tmp_path / "metadata.csv", (tmp_path / "metadata.csv").read_bytes()
+    table.write_bytes(change(whole))
+    server.log.clear()
+    assert crawl(server, tmp_path, site="danbooru") == 0
+    assert not server.pictures() and table.read_bytes() == whole
+
+
+def test_a_table_of_before(server, tmp_path):
+    """Without a column for options, with hashes that look like numbers, of which a spreadsheet has rounded one."""
+    assert crawl(server, tmp_path) == 0
+    table, found = tmp_path / "metadata.csv", rows(tmp_path)
+    fields = [name for name in crawl_anime.FIELDS if name != "options"]
+    old = [row | dict(hashes=row["hashes"].split()[-1][1:]) for row in found.values()]
+    old[1]["hashes"] = "1.23457E+15"
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, fields, extrasaction="ignore").writerows([dict(zip(fields, fields)), *old])
+    server.log.clear()
+    server.add(9, server.files["/images/7/2.png"])
+    assert crawl(server, tmp_path) == 0
+    assert server.pictures() == ["/images/7/9.png"] and rows(tmp_path)["9"]["reason"] == "near-duplicate"
+    assert [row["hashes"].split()[0][0] for row in rows(tmp_path).values()] == ["h", "h", "h", "m"]
+
+
+def test_cells_that_no_spreadsheet_runs_or_counts(server, tmp_path):
+    sources = ["=1+1", "+1", "-1", "@SUM(A1)", "&#61;1", "\uff1d1", "a?b=1&amp;lt;&copy=2&quot;", "plain"]
+    for number, source in enumerate(sources, start=11):
+        server.add(number, encode(draw(number)), source=source, artist=source)
+    assert crawl(server, tmp_path, site="danbooru") == crawl(server, tmp_path, site="danbooru") == 0
+    found = rows(tmp_path)
+    written = [found[str(number)]["source"] for number in range(11, 19)]
+    assert written == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "'=1", "'\uff1d1", 'a?b=1&lt;&copy=2"', "plain"]
+    for row in found.values():
+        for cell in (row["hashes"], row["boxes"], row["crops"], row["options"]):
+            assert not cell.replace(",", "").replace(".", "").isdecimal()
+
+
+def test_ids_that_look_like_no_number():
+    ids = {crawl_anime.name_post("url", str(number), "")["id"] for number in range(20_000)}
+    assert len(ids) == 20_000 and not [id for id in ids if id.replace("e", "", 1).isdecimal()]
+
+
+# ------------------------------------------------------------------------------------- options that change later
+
+
+def test_a_later_option_reconsiders_what_it_may_change(server, tmp_path):
+    server.posts.clear()
+    server.add(1, encode(draw(1)), rating="explicit")
+    server.add(2, encode(draw(2, 40)))  # too small for 64
+    server.add(3, encode(draw(3, mode="L")))
+    server.add(4, encode(draw(4).resize((2, 2)).resize((256, 256), Image.Resampling.BICUBIC)))
+    server.add(5, encode(draw(5)), tags="1girl Monochrome Comic")
+    server.add(6, encode(draw(6)))
+    asked = lambda *more: (server.log.clear(), crawl(server, tmp_path, *more), server.pictures())[2]  # noqa: E731
+    base = ("--min-face", 64)
+    assert len(asked(*base)) == 4
+    reasons = {id: row["reason"] for id, row in rows(tmp_path).items()}
+    assert reasons == {"1": "rating", "2": "no face", "3": "grey", "4": "blurred", "5": "tag", "6": ""}
+    assert asked(*base) == [] == asked("--min-face", 80)
+    assert asked(*base, "--rating", "explicit") == ["/images/7/1.png"]
+    assert asked(*base, "--margin", 2) == ["/images/7/4.png"]
+    assert asked(*base, "--margin", 2, "--grey") == ["/images/7/5.png", "/images/7/3.png"]
+    assert asked("--min-face", 32, "--margin", 2, "--grey") == ["/images/7/4.png", "/images/7/2.png"]
+    assert {id for id, row in rows(tmp_path).items() if row["outcome"] == "faces"} == set("12356")
+
+
+def test_another_detector_reconsiders_pictures_without_a_face(real_data, tmp_path):
+    server = FakeBooru(count=1)
+    cascade = ("--detector", "lbp", "--cascade", real_data / "lbpcascade_animeface.xml")
+    assert crawl(server, tmp_path, "--min-face", 64, *cascade) == 0 and rows(tmp_path)["1"]["reason"] == "no face"
+    assert crawl(server, tmp_path, "--min-face", 64, *cascade, "--neighbours", 6) == 0 and len(server.pictures()) == 1
+    assert crawl(server, tmp_path, "--min-face", 64, *cascade, "--neighbours", 3) == 0 and len(server.pictures()) == 2
+    assert crawl(server, tmp_path, "--min-face", 64) == 0 and len(server.pictures()) == 3 and len(crops(tmp_path)) == 1
+    server.close()
+
+
+# ----------------------------------------------------------------------------------------- time, hosts, addresses
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    body = encode(draw(1), "JPEG", progressive=True)
+    last = body.rindex(b"\xff\xda")
+    return body[:last] + body[last:-2] * count + body[-2:]
+
+
+def test_more_scans_than_any_encoder_writes():
+    assert crawl_anime.decode(scans(20)).size == (96, 96)
+    with pytest.raises(crawl_anime.Unusable, match="more scans") as caught:
+        crawl_anime.decode(scans(200))
+    assert caught.value.final
+    thumbnail = b"\xff\xe1" + (2 + 60 * 4).to_bytes(2, "big") + b"\xff\xda\x00\x02" * 60  # in a segment of its own
+    body = encode(draw(1), "JPEG")
+    assert crawl_anime.decode(body[:2] + thumbnail + body[2:]).size == (96, 96)
+    assert crawl_anime.count_scans(body + b"\xff\xda\x00\x02" * 90) == 1 and not crawl_anime.count_scans(PNG)
+
+
+@pytest.mark.parametrize("body", [b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xda", b"\xff\xd8\xff\xda\0\0\xff\xda"])
+def test_counting_scans_of_torn_files_ends(body):
+    assert crawl_anime.count_scans(body) < 3
+
+
+EMBEDDED = "64:ff9b::10.0.0.1 ::10.0.0.1 2002:a00:1:: 2002:7f00:1:: ::ffff:0:10.0.0.1 64:ff9b::127.0.0.1 64:ff9b:1::1"
+
+
+@pytest.mark.parametrize("address", [*EMBEDDED.split(), *"10.0.0.1 ::1 fe80::1%eth0 2001:db8::1".split()])
+def test_private_addresses(address):
+    assert not crawl_anime.is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address", "93.184.215.14 2606:4700::1 64:ff9b::5db8:d70e ::ffff:93.184.215.14 2002:5db8:d70e::".split()
+)
+def test_public_addresses(address):
+    assert crawl_anime.is_public(address)
+
+
+@pytest.mark.parametrize(
+    "host, domain",
+    [
+        ("danbooru.donmai.us", {"donmai.us"}),
+        ("booru.example.org", {"example.org"}),
+        ("img.booru.example.co.uk", {"example.co.uk"}),
+        ("yande.re", {"yande.re"}),
+        ("localhost", set()),
+        ("127.0.0.1", set()),
+        ("::1", set()),
+    ],
+)
+def test_registered_domains(host, domain):
+    assert crawl_anime.find_domain(host) == domain
+
+
+def test_a_mirror_with_hosts_of_its_own(server, tmp_path):
+    files = FakeBooru()
+    server.posts = [dict(id=1, raw=dict(id=1, rating="g", file_url=f"{files.url}/images/7/1.png"))]
+    assert crawl(server, tmp_path, site="danbooru") == 3 and rows(tmp_path)["1"]["reason"] == "not an https address"
+    assert crawl(server, tmp_path, "--file-host", files.url, site="danbooru") == 0
+    assert files.pictures() == ["/images/7/1.png"] and files.log[0][1] == "/robots.txt" and len(crops(tmp_path)) == 1
+    fetcher, _ = crawl_anime.find_posts(
+        crawl_anime.parse_args(["--base-url", "https://booru.mirror.example", "--file-host", "cdn.example.net"])
+    )
+    for address in ("https://img3.mirror.example/a", "https://a.cdn.example.net/a"):
+        fetcher.check(address)
+    with pytest.raises(crawl_anime.Unusable, match="foreign"):
+        fetcher.check("https://mirror.example.evil.com/a")
+    files.close()
+
+
+@pytest.mark.parametrize("kind", ["binary/octet-stream", "application/octet-stream", "IMAGE/X", ""])
+def test_types_that_pictures_come_with(server, tmp_path, kind):
+    server.always["/images/7/2.png"] = picture(PNG, kind=kind)
+    assert crawl(server, tmp_path) == 0 and len(crops(tmp_path)) == 3
+
+
+# ----------------------------------------------------------------------------------- files of other programs
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_lists_of_any_editor(server, tmp_path, encoding):
+    text = f"# größe\r\n{server.url}/images/7/1.png\r\n{server.url}/images/7/2.png"
+    (tmp_path / "list").write_bytes(text.encode(encoding))
+    argv = ["--urls", str(tmp_path / "list"), "--base-url", server.url, "--to", str(tmp_path / "faces")]
+    assert run(*argv, "--detector", "none", "--delay", "0.01") == 0 and len(crops(tmp_path / "faces")) == 2
+
+
+def test_pictures_by_content(tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    (pictures / "below").mkdir(parents=True)
+    (pictures / ".thumbnails").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    kinds = {"a.jfif": "JPEG", "b": "PNG", "c.bmp": "BMP", "below/d.tif": "TIFF", "e.txt": "WEBP"}
+    kinds |= {"g.avif": "AVIF"} if "AVIF" in crawl_anime.list_formats() else {}
+    for number, (name, kind) in enumerate(kinds.items()):
+        (pictures / name).write_bytes(encode(draw(number), kind))
+    draw(50).save(tmp_path / "elsewhere/linked.png")
+    draw(51).save(pictures / ".thumbnails/x.png")
+    (pictures / ".hidden.png").write_bytes(b"x")
+    for name in ("notes.txt", "metadata.csv", "Thumbs.db", "a.json", "empty"):
+        (pictures / name).write_bytes(b"no picture" * (name != "empty"))
+    (pictures / "loop").symlink_to(pictures)
+    (pictures / "link").symlink_to(tmp_path / "elsewhere")
+    (pictures / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(pictures / "pipe.png")
+    argv = ["--from-dir", str(pictures), "--to", str(tmp_path / "faces"), "--detector", "none"]
+    assert run(*argv) == 0 and len(crops(tmp_path / "faces")) == len(kinds) + 1 == len(rows(tmp_path / "faces"))
+    (tmp_path / "empty").mkdir()
+    assert run("--from-dir", str(tmp_path / "empty"), *argv[2:]) == 2
+    assert "holds no picture" in capsys.readouterr().err
+
+
+def test_grey_pictures_can_be_kept(tmp_path):
+    (tmp_path / "manga").mkdir()
+    draw(1, mode="L").save(tmp_path / "manga/1.png")
+    argv = ["--from-dir", str(tmp_path / "manga"), "--to", str(tmp_path / "faces"), "--detector", "none"]
+    assert run(*argv) == 0 and not crops(tmp_path / "faces")
+    assert run(*argv, "--grey") == 0 and len(crops(tmp_path / "faces")) == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp932", "cp1252"])
+def test_a_terminal_with_few_letters(server, tmp_path, monkeypatch, encoding):
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", out)
+    assert crawl(server, tmp_path / "Größe 顔 \udcff") == 0
+    out.flush()
+    assert b"\\udcff" in out.buffer.getvalue() and b"reached the end" in out.buffer.getvalue()
+    monkeypatch.undo()
+
+
+# ------------------------------------------------------------------------------------------- all faults at once
+
+
+def test_every_fault_at_once(tmp_path, monkeypatch):
+    """200 posts, each with a fault of its own: exactly the crops that are to be had, and the rest in the next crawl."""
+    monkeypatch.setattr(crawl_anime, "TIMEOUT", 0.05)
+    monkeypatch.setattr(crawl_anime, "DEADLINE", 0.1)
+    server, chance = FakeBooru(count=200, page=30), random.Random(7)
+    server.robots = "User-agent: *\nDisallow: /images/7/13.png\nContent-Usage: /images/7/17.png train-ai=n"
+    others = ("noindex alone", "bytes without a type", "a redirect to", "a permanent")  # which give another picture
+    again = [fault[0] for name, fault in FAULTS.items() if fault[1] == "faces" and not name.startswith(others)]
+    later = [fault for path, fault in PASSING.values() if not path]
+    never = [status(404), status(410), status(451), picture(PNG, X_Robots_Tag="noai"), fake_booru.endless]
+    expected, postponed = set(), set()
+    for number in chance.sample(range(1, 201), 200):
+        path, kind = f"/images/7/{number}.png", chance.choice(["again", "later", "never", "good", "good"])
+        if number in (13, 17):
+            continue
+        if kind == "again":
+            server.faults[path] = list(chance.choice(again))
+        if kind == "later":
+            server.faults[path] = [chance.choice(later)] * crawl_anime.TRIES
+            postponed.add(str(number))
+        if kind == "never":
+            server.faults[path] = [chance.choice(never)]
+        if kind in ("again", "good"):
+            expected.add(str(number))
+    server.faults["/index.php"] = [status(200, b""), status(503), fake_booru.chunk_of(b"f" * 20), MAINTENANCE]
+    server.faults["/robots.txt"] = [status(503), fake_booru.short]
+    assert crawl(server, tmp_path) == 0
+    found = {id: row["outcome"] for id, row in rows(tmp_path).items()}
+    assert {id for id, outcome in found.items() if outcome == "faces"} == expected
+    assert {id for id, outcome in found.items() if outcome == "failed"} == postponed and len(found) == 200
+    server.faults.clear()
+    assert crawl(server, tmp_path) == 0
+    assert {name.split("-")[1] for name in crops(tmp_path)} == expected | postponed
+    check_manners(server)
+    server.close()
