@@ -68,7 +68,9 @@ RATINGS = ("general", "sensitive", "questionable", "explicit")
 FACELESS_TAGS = set("photo_(medium) 3d monochrome greyscale sketch lineart comic no_humans animated".split())
 MANGA_TAGS = {"monochrome", "greyscale", "comic"}  # what --grey takes all the same
 OWN_REASONS = ("rating", "tag", "no picture", "forgotten")  # why a post is not asked for
+OWN_WORDS = r"(?i)(^|[\s({])[-~]?(ord\w*|sort|id):"  # of a search, which the paging needs
 CREDITS = {"artist": "tag_string_artist", "source": "source"}
+NO_ROBOTS = "robots.txt can't be had"
 RECHECKED = ("robots.txt", "not an address", "not an https address", "on a foreign host")  # without any request
 TRAINING = r"(?i)(?<![\w-])(ai-train|train-(gen)?ai|(gen)?ai)\s*=\s*\"?"  # contentsignals.org and IETF's aipref
 OPT_OUTS = {"X-Robots-Tag": r"(?i)\b(noai|noimageai|noml)\b", "TDM-Reservation": r"\b1\b"}
@@ -99,7 +101,8 @@ class Way(NamedTuple):
 
     def may_find_more(self, reasons: str, options: str) -> bool:
         """Whether a post that was left for these reasons, with these options, may have a face for this way."""
-        detector, min_face, margin, neighbours, colours = (options or OLD_OPTIONS).split()
+        is_known = re.fullmatch(r"(lbp|none) \d+ \d(\.\d+)? \d+ (colour|grey)", options)
+        detector, min_face, margin, neighbours, colours = (options if is_known else OLD_OPTIONS).split()
         smaller = self.min_face < int(min_face)
         if reasons == "no face" and detector == "none":
             return smaller  # the whole picture was too small
@@ -178,9 +181,8 @@ def fetch_page(fetcher: "Fetcher", home: str, query: str) -> list:
         if page and isinstance(page, list):
             return page
     if page != []:
-        raise SourceError(
-            f"{home} answers no list of posts in JSON: {complaint(text) or 'is it down, or of another kind?'}"
-        )
+        why = complaint(text) or "is it down, or of another kind?"
+        raise SourceError(f"{home} answers no list of posts in JSON: {why}")
     return page
 
 
@@ -270,8 +272,8 @@ class Fetcher:
         """One try: each address that it leads through has to pass all rules."""
         parts, trusted, path = self.check(address, redirects == 0)
         home = f"{parts.scheme}://{parts.netloc}"
-        if is_picture:
-            self.obey(self.read_robots(home), path)
+        if is_picture and (reason := refusal(self.read_robots(home), path)):
+            raise Unusable(reason, final=not reason.startswith(NO_ROBOTS))  # a fault of the file is soon over
         time.sleep(max(0.0, max(self.next_start, self.starts.get(home, 0.0)) - time.monotonic()))
         self.next_start = time.monotonic() + self.pace
         self.starts[home] = time.monotonic() + self.delays.get(home, 0.0)
@@ -355,23 +357,13 @@ class Fetcher:
                 self.robots[home] = parse_robots(text)
             except Unusable as error:
                 is_absent = 400 <= error.status < 500 and not error.again
-                self.robots[home] = [] if is_absent else [("fault", f"robots.txt can't be had: {error}")]
+                self.robots[home] = [] if is_absent else [("fault", f"{NO_ROBOTS}: {error}")]
             waits = [re.match(r"\d+(\.\d+)?", value) for name, value in self.robots[home] if name == "crawl-delay"]
             self.delays[home] = max([float(wait[0]) for wait in waits if wait], default=0.0)
             self.starts[home] = time.monotonic() + self.delays[home]
             if self.delays[home] > PATIENCE:
                 raise SourceError(f"{home}/robots.txt asks for {self.delays[home]:,.0f} seconds between requests")
         return self.robots[home]
-
-    def obey(self, rules: list[tuple[str, str]], path: str) -> None:
-        """Raises for a path that robots.txt keeps back. A fault of the file itself is over in another crawl."""
-        for name, reason in rules:
-            if name == "fault":
-                raise Unusable(reason)
-        if not is_allowed(rules, path):
-            raise Unusable("robots.txt", final=True)
-        if is_opted_out(rules, path):
-            raise Unusable("not for training (robots.txt)", final=True)
 
 
 def origin(parts: SplitResult) -> tuple[str, str, int]:
@@ -456,26 +448,22 @@ def parse_robots(text: str) -> list[tuple[str, str]]:
     return groups.get(AGENT, groups.get("*", []))
 
 
-def is_allowed(rules: list[tuple[str, str]], path: str) -> bool:
-    """Whether this program may fetch a path. The longest rule that matches holds, of equals the friendlier."""
-    found = [
-        (len(value), name == "allow")
-        for name, value in rules
-        if name in ("allow", "disallow") and value and matches(value, path)
-    ]
-    return max(found, default=(0, True))[1]
-
-
-def is_opted_out(rules: list[tuple[str, str]], path: str) -> bool:
-    """Whether training on a path is refused, by `[path] preferences`. The longest path holds, of equals the stricter
-    (draft-ietf-aipref-attach, 3.1).
+def refusal(rules: list[tuple[str, str]], path: str) -> str:
+    """Why a robots.txt keeps a path back, or "". Of the rules that match, the longest holds; of equals the friendlier
+    (RFC 9309, 2.2.2), on training, by `[path] preferences`, the stricter (draft-ietf-aipref-attach, 3.1).
     """
-    found = []
+    allowed, refused = [(0, True)], [(0, False)]
     for name, value in rules:
         pattern, preferences = re.fullmatch(r"([/*]\S*)?\s*(.*)", value).groups(default="")
+        if name == "fault":
+            return value
+        if name in ("allow", "disallow") and value and matches(value, path):
+            allowed.append((len(value), name == "allow"))
         if name.startswith("content-") and re.search(TRAINING + "[yn]", preferences) and matches(pattern, path):
-            found.append((len(pattern), bool(re.search(TRAINING + "n", preferences))))
-    return max(found, default=(0, False))[1]
+            refused.append((len(pattern), bool(re.search(TRAINING + "n", preferences))))
+    if not max(allowed)[1]:
+        return "robots.txt"
+    return "not for training (robots.txt)" if max(refused)[1] else ""
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -764,6 +752,12 @@ class Folder:
         self.write(self.table, [row])
         return dropped or [row["reason"]] * bool(row["reason"])
 
+    def count_lost(self) -> tuple[collections.Counter, int]:
+        """Why pictures did not come, and how many did."""
+        lost = [row["reason"] for row in self.rows.values() if row["outcome"] in ("failed", "skipped")]
+        came = sum(row["outcome"] in ("faces", "none") for row in self.rows.values())
+        return collections.Counter(reason for reason in lost if reason not in OWN_REASONS), came
+
     def forget(self, names: list[tuple[str, str]]) -> int:
         """Mark posts as never to be fetched, then delete their crops; returns how many. Their hashes stay, so that the
         same pictures under other names are known.
@@ -800,7 +794,7 @@ def read_table(path: Path) -> list[dict]:
     is left out. Raises UserError.
     """
     text = read_text(path) if path.exists() else ""
-    header = text.partition("\n")[0].rstrip("\r")
+    header = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=next((c for c in ";\t" if c in header), ","))
     try:
         rows = [row for row in reader if any(row.values())]
@@ -809,21 +803,19 @@ def read_table(path: Path) -> list[dict]:
         if rows and not text.endswith("\n") and not is_whole(rows[-1]):
             del rows[-1]
         if any(None in row or None in row.values() for row in rows):
-            raise ValueError("other columns in a row")
+            raise ValueError("a row of other columns")
     except (csv.Error, ValueError) as error:
         raise common.UserError(f"{path} is damaged or another's ({error}): move it away") from error
     return [{"options": ""} | row for row in rows]
 
 
 def is_whole(row: dict) -> bool:
-    """Whether a row that ends without a line's end has all its text: it ends with a hash for each crop."""
-    words = (row["hashes"] or "").split()
+    """Whether a row without a line's end has all its cells, the last of which holds a hash for each crop."""
+    if None in row.values():
+        return False
+    words = row["hashes"].split()
     crops = [word for word in words if word[0] != "m"]
-    return (
-        None not in row.values()
-        and all(re.fullmatch(HASH, word) for word in words)
-        and (len(crops) >= len(row["crops"].split()))
-    )
+    return all(re.fullmatch(HASH, word) for word in words) and len(crops) >= len(row["crops"].split())
 
 
 def read_text(path: Path) -> str:
@@ -967,6 +959,8 @@ def crop_post(post: dict, fetcher: Fetcher | None, way: Way) -> tuple[dict, list
         return post | dict(outcome="faces", options=str(way)), crop_faces(decode(picture), way)
     except Unusable as error:
         return post | dict(outcome="skipped" if error.final else "failed", reason=str(error)), []
+    except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:  # a picture's sizes can lead to anything
+        return post | dict(outcome="failed", reason=f"can't be cropped ({type(error).__name__})"), []
 
 
 def fetch_picture(post: dict, fetcher: Fetcher) -> bytes:
@@ -1016,10 +1010,12 @@ def collect(results: Iterator, folder: Folder, limit: int | None, total: int, fe
                 in_a_row.clear()
                 continue
             in_a_row[post["outcome"]] += is_first
-            lost[post["reason"]] += is_first or post["outcome"] == "failed" or not folder.faces
+            lost[post["reason"]] += is_first or post["outcome"] == "failed"
             if in_a_row["failed"] == FAILURES or in_a_row["skipped"] == REFUSALS:
                 count = in_a_row[post["outcome"]]
                 raise SourceError(f"{count} pictures did not come, and none between them did ({post['reason']})")
+        if fetcher and not folder.faces:  # then all crawls count
+            lost, came = folder.count_lost()
         if lost.total() > 9 * came and (lost.total() > 2 or not folder.faces):
             why, count = lost.most_common(1)[0]
             raise SourceError(f"{lost.total()} of {lost.total() + came} pictures did not come ({count} times: {why})")
@@ -1079,37 +1075,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = [re.fullmatch(name, Path(text).name) for text in args.forget]
     args.file_hosts = {host.lower() for host in args.file_host if "/" not in host}
     vouched = [read_home(host) for host in (args.base_url or "", *args.file_host) if "/" in host]
-    is_here = (
-        vouched
-        and not args.file_hosts
-        and all(re.search(r"//(localhost|127\.0\.0\.1|\[::1\])(:|$)", home or "") for home in vouched)
-    )
+    here = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+    is_here = vouched and not args.file_hosts and all(re.fullmatch(here, home or "") for home in vouched)
     args.is_site = not (args.urls or args.from_dir)
     for mistake, message in (
-        (
-            args.from_dir and args.urls or args.site and not args.is_site,
-            "--site, --urls and --from-dir exclude each other",
-        ),
+        (sum(map(bool, (args.site, args.urls, args.from_dir))) > 1, "--site, --urls and --from-dir exclude each other"),
         (args.tags is not None and not args.is_site, "--tags goes with --site alone"),
         ((args.base_url or args.file_host) and args.from_dir, "--base-url and --file-host go with --site and --urls"),
         (args.base_url and not read_home(args.base_url), "--base-url is http://HOST:PORT or https://HOST"),
-        (
-            not all(vouched) or not all(map(find_domain, args.file_hosts)),
-            "--file-host is HOST, http://HOST:PORT or https://HOST",
-        ),
+        (not all([*vouched, *map(find_domain, args.file_hosts)]), "--file-host is HOST or http(s)://HOST:PORT"),
         (args.from_dir and not Path(args.from_dir).is_dir(), f"--from-dir {args.from_dir}: no such folder"),
-        (
-            re.search(r"(?i)(^|[\s({])[-~]?(ord\w*|sort|id):", args.tags or ""),
-            "--tags: order:, sort: and id: are the crawl's own",
-        ),
+        (re.search(OWN_WORDS, args.tags or ""), "--tags: order:, sort: and id: are the crawl's own"),
         (args.delay < 1 and not is_here, "--delay: less than a second is for a --base-url on this machine"),
         (not re.fullmatch("[ -~]{1,200}", args.contact), "--contact is a page or a mail address in ASCII"),
         (not all(names), "--forget takes a crop's file name, SITE-ID or the ID of a --site's post"),
     ):
         if mistake:
             parser.error(message)
-    args.script, args.base_url, args.site = AGENT, read_home(args.base_url or ""), args.site or "safebooru"
-    args.vouched = vouched
+    args.script, args.vouched, args.site = AGENT, vouched, args.site or "safebooru"
+    args.base_url = read_home(args.base_url or "")
     args.limit = args.limit or (2000 if args.is_site else None)
     args.forget = [(name[1] or args.site, name[2]) for name in names]
     return args

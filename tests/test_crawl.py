@@ -451,7 +451,7 @@ def test_no_server(tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_robots_by_rfc_9309(text, path, expected):
-    assert crawl_anime.is_allowed(crawl_anime.parse_robots(text), path) is expected
+    assert crawl_anime.refusal(crawl_anime.parse_robots(text), path) == ("" if expected else "robots.txt")
 
 
 @pytest.mark.parametrize(
@@ -959,7 +959,8 @@ def test_an_empty_page_in_the_middle(tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_opt_outs_in_robots_txt(text, path, expected):
-    assert crawl_anime.is_opted_out(crawl_anime.parse_robots(text), path) is expected
+    reason = "not for training (robots.txt)" if expected else ""
+    assert crawl_anime.refusal(crawl_anime.parse_robots(text), path) == reason
 
 
 @pytest.mark.parametrize("header", [dict(Content_Signal="search=yes, ai-train=no"), dict(Content_Usage="train-ai=n")])
@@ -1311,5 +1312,4 @@ def test_every_fault_at_once(tmp_path, monkeypatch):
     server.faults.clear()
     assert crawl(server, tmp_path) == 0
     assert {name.split("-")[1] for name in crops(tmp_path)} == expected | postponed
-    check_manners(server)
     server.close()
