@@ -3,14 +3,14 @@
     python crawl_anime.py --limit 2000                        # faces from safebooru.org into data/anime
     python crawl_anime.py --site danbooru --tags "solo smile" # another site, another search, the same folder
     python crawl_anime.py --from-dir pictures                 # crop pictures that are on this disk already
-    python crawl_anime.py --forget safebooru-123              # remove a post's crops, never fetch it again
+    python crawl_anime.py --forget safebooru-123              # delete a post's crops, never fetch it again
     python dcgan.py --dataset anime                           # train on the result
 
 Each picture is fetched once, its faces are cut out as 256x256 squares and noted in metadata.csv: the credit list, the
 log and the place to go on from. The pictures belong to the artists who drew them: keep the crops to yourself, and take
-out what an artist asks you to. The detector is OpenCV 4's detectMultiScale(equalizeHist(grey), 1.1, 5) in torch: on 79
-illustrations of at most 1000 pixels it finds the same 48 faces (45 of them to the pixel), in 0.19 s of one core each
-(AMD EPYC, Zen 4).
+out what an artist asks you to. The detector is OpenCV 4's detectMultiScale(equalizeHist(grey), 1.1, 4) in torch: on 79
+illustrations of at most 1000 pixels it finds OpenCV 4.14's 56 boxes (53 of them to the pixel), in 0.16 s of one core
+each (AMD EPYC, Zen 3).
 """
 
 # /// script
@@ -58,7 +58,8 @@ FAILURES, REFUSALS = 10, 100  # without a picture between them, after which the 
 POSTS_PER_FACE = 10  # a crawl ends after this many new posts for each face asked for
 TIMEOUT, DEADLINE, PATIENCE = 20, 120, 600  # seconds: for a wait, for an answer, and that Retry-After may ask for
 SLOWEST, GRACE = 2048, 10  # bytes a second that an answer must come at, but for its first seconds
-MAX_BYTES, MAX_PIXELS, MAX_SCANS = 20 * 2**20, 40_000_000, 50  # libjpeg's own script has 10 scans, 26 in four colours
+MAX_BYTES, MAX_PIXELS = 20 * 2**20, 40_000_000
+MAX_SCANS, MAX_SEGMENTS = 50, 10_000  # of a JPEG; libjpeg's own script has 10 scans, 26 in four colours
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # a JPEG's, that a length follows, or the end
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif")
 FIELDS = "site id page artist source rating outcome reason options crops boxes hashes".split()
@@ -433,17 +434,17 @@ def is_public(address: str) -> bool:
 
 def parse_robots(text: str) -> list[tuple[str, str]]:
     """The rules of a robots.txt for this program, or else for all programs: names and values (RFC 9309, 2.2)."""
-    groups, agents, in_rules = {}, [], False
+    groups, agents, in_rules, count = {}, set(), False, 0
     for line in text.splitlines():
         name, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
         name = name.lower()
         if name == "user-agent":
-            agents = ([] if in_rules else agents) + [re.match(r"[*\w-]*", value)[0].lower()]
-            groups.setdefault(agents[-1], [])
-            in_rules = False
-        elif name in ("content-signal", "content-usage") or agents and name in ("allow", "disallow", "crawl-delay"):
+            agents, in_rules, count = set() if in_rules else agents, False, count + 1
+            agents |= {re.match(r"[*\w-]*", value)[0].lower()} & {AGENT, "*"}
+            groups |= {agent: groups.get(agent, []) for agent in agents}
+        elif name in ("content-signal", "content-usage") or name in ("allow", "disallow", "crawl-delay") and count:
             in_rules = in_rules or name != "crawl-delay"
-            for agent in agents or ["*"]:  # an opt-out before all groups is for all
+            for agent in agents if count else ["*"]:  # an opt-out before all groups is for all
                 groups.setdefault(agent, []).append((name, value))
     return groups.get(AGENT, groups.get("*", []))
 
@@ -597,8 +598,9 @@ def decode(picture: bytes | str) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from here on, and refuses from twice as many
     try:
         data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
-        if count_scans(data) > MAX_SCANS:
-            raise Unusable("more scans than any encoder writes", final=True)
+        scans, segments = count_scans(data)
+        if scans > MAX_SCANS or segments > MAX_SEGMENTS:
+            raise Unusable("more parts than any encoder writes", final=True)
         with warnings.catch_warnings(record=True):  # which nobody reads
             formats = ["JPEG", "PNG", "WEBP", "GIF"] if isinstance(picture, bytes) else list_formats()
             image = Image.open(io.BytesIO(data), formats=formats)
@@ -612,15 +614,13 @@ def decode(picture: bytes | str) -> Image.Image:
         raise Unusable("not a whole picture") from error
 
 
-def count_scans(data: bytes) -> int:
-    """How often a JPEG file goes over its pixels; 0 for other files. A decoder's time is pixels times scans."""
-    scans, place = 0, 2 if data.startswith(b"\xff\xd8") else len(data)
-    while marker := MARKER.search(data, place):
-        if marker[0] == b"\xff\xd9":  # the end
-            break
-        scans += marker[0] == b"\xff\xda"
+def count_scans(data: bytes) -> tuple[int, int]:
+    """How often a JPEG goes over its pixels, and its segments; 0 of other files. A decoder's time grows with both."""
+    scans, segments, place = 0, 0, 2 if data.startswith(b"\xff\xd8") else len(data)
+    while segments <= MAX_SEGMENTS and (marker := MARKER.search(data, place)) and marker[0] != b"\xff\xd9":  # the end
+        scans, segments = scans + (marker[0] == b"\xff\xda"), segments + 1
         place = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
-    return scans
+    return scans, segments
 
 
 @functools.cache
@@ -752,12 +752,6 @@ class Folder:
         self.write(self.table, [row])
         return dropped or [row["reason"]] * bool(row["reason"])
 
-    def count_lost(self) -> tuple[collections.Counter, int]:
-        """Why pictures did not come, and how many did."""
-        lost = [row["reason"] for row in self.rows.values() if row["outcome"] in ("failed", "skipped")]
-        came = sum(row["outcome"] in ("faces", "none") for row in self.rows.values())
-        return collections.Counter(reason for reason in lost if reason not in OWN_REASONS), came
-
     def forget(self, names: list[tuple[str, str]]) -> int:
         """Mark posts as never to be fetched, then delete their crops; returns how many. Their hashes stay, so that the
         same pictures under other names are known.
@@ -859,7 +853,8 @@ def crawl(args: argparse.Namespace) -> None:
         way = Way(args.detector, args.min_face, args.margin, args.neighbours, colours)
         folder = Folder(args.to, way)
         if args.forget:
-            say(f"{folder.forget(args.forget)} crops deleted, posts forgotten: {len(set(args.forget))}")
+            deleted, names = folder.forget(args.forget), ", ".join(map("-".join, args.forget))
+            say(f"crops deleted: {deleted}; never to be fetched: {names}")
             return
         fetcher, posts = find_posts(args)
         if args.detector == "lbp":
@@ -871,8 +866,9 @@ def crawl(args: argparse.Namespace) -> None:
         end = collect(results, folder, args.limit, 0 if args.limit else len(posts), fetcher)
         say(f"reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
         name = "anime" if args.to == "data/anime" else shlex.quote(args.to)
-        advice = "no face yet: try --detector none" + (" or other --tags" if args.is_site else "")
-        say(f"next: python dcgan.py --dataset {name}" if folder.faces else advice)
+        reasons = collections.Counter(row["reason"] or row["outcome"] for row in folder.rows.values())
+        why = f"most often for this reason: {max(reasons, key=reasons.get)}" if reasons else "no post was found"
+        say(f"next: python dcgan.py --dataset {name}" if folder.faces else f"no face yet, {why}")
 
 
 def say(text: str) -> None:
@@ -1010,12 +1006,10 @@ def collect(results: Iterator, folder: Folder, limit: int | None, total: int, fe
                 in_a_row.clear()
                 continue
             in_a_row[post["outcome"]] += is_first
-            lost[post["reason"]] += is_first or post["outcome"] == "failed"
+            lost[post["reason"]] += is_first or post["outcome"] == "failed" or not folder.faces
             if in_a_row["failed"] == FAILURES or in_a_row["skipped"] == REFUSALS:
                 count = in_a_row[post["outcome"]]
                 raise SourceError(f"{count} pictures did not come, and none between them did ({post['reason']})")
-        if fetcher and not folder.faces:  # then all crawls count
-            lost, came = folder.count_lost()
         if lost.total() > 9 * came and (lost.total() > 2 or not folder.faces):
             why, count = lost.most_common(1)[0]
             raise SourceError(f"{lost.total()} of {lost.total() + came} pictures did not come ({count} times: {why})")

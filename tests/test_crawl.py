@@ -471,6 +471,14 @@ def test_robots_of_the_site(server, tmp_path, answer, fetched):
     assert len(server.requests("/robots.txt")) == 1
 
 
+def test_robots_txt_has_a_bound_in_time():
+    before = time.process_time()
+    for text in ("User-agent: a\n" * 30_000 + "User-agent: *\n", "User-agent: *\nUser-agent: x\n" * 9000):
+        rules = crawl_anime.parse_robots(text + "Disallow: /x*y$\n" * 8000)
+        assert len(rules) == 8000 and crawl_anime.refusal(rules, "/a") == ""
+    assert time.process_time() - before < 5
+
+
 # ----------------------------------------------------------------------------------------------------- safety
 
 
@@ -632,7 +640,7 @@ def test_a_foreign_table_is_left_alone(server, tmp_path, capsys, table):
 def test_forget(server, tmp_path, capsys):
     assert crawl(server, tmp_path) == 0
     assert crawl(server, tmp_path, "--forget", "127.0.0.1-2-0.jpg", "127.0.0.1-3") == 0
-    assert list(crops(tmp_path)) == ["127.0.0.1-1-0.jpg"] and "2 crops deleted" in capsys.readouterr().out
+    assert list(crops(tmp_path)) == ["127.0.0.1-1-0.jpg"] and "crops deleted: 2" in capsys.readouterr().out
     assert b"127.0.0.1-2" not in (tmp_path / "metadata.csv").read_bytes()
     server.log.clear()
     assert crawl(server, tmp_path) == 0
@@ -1155,18 +1163,20 @@ def scans(count: int) -> bytes:
 
 def test_more_scans_than_any_encoder_writes():
     assert crawl_anime.decode(scans(20)).size == (96, 96)
-    with pytest.raises(crawl_anime.Unusable, match="more scans") as caught:
+    with pytest.raises(crawl_anime.Unusable, match="more parts") as caught:
         crawl_anime.decode(scans(200))
     assert caught.value.final
     thumbnail = b"\xff\xe1" + (2 + 60 * 4).to_bytes(2, "big") + b"\xff\xda\x00\x02" * 60  # in a segment of its own
     body = encode(draw(1), "JPEG")
     assert crawl_anime.decode(body[:2] + thumbnail + body[2:]).size == (96, 96)
-    assert crawl_anime.count_scans(body + b"\xff\xda\x00\x02" * 90) == 1 and not crawl_anime.count_scans(PNG)
+    assert crawl_anime.count_scans(body + b"\xff\xda\x00\x02" * 90)[0] == 1 and crawl_anime.count_scans(PNG) == (0, 0)
+    with pytest.raises(crawl_anime.Unusable, match="more parts"):
+        crawl_anime.decode(body[:2] + b"\xff\xe0\0\2" * 20_000 + body[2:])
 
 
 @pytest.mark.parametrize("body", [b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xda", b"\xff\xd8\xff\xda\0\0\xff\xda"])
 def test_counting_scans_of_torn_files_ends(body):
-    assert crawl_anime.count_scans(body) < 3
+    assert crawl_anime.count_scans(body)[0] < 3
 
 
 EMBEDDED = "64:ff9b::10.0.0.1 ::10.0.0.1 2002:a00:1:: 2002:7f00:1:: ::ffff:0:10.0.0.1 64:ff9b::127.0.0.1 64:ff9b:1::1"
