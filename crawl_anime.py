@@ -70,7 +70,6 @@ FACELESS_TAGS = set("photo_(medium) 3d monochrome greyscale sketch lineart comic
 MANGA_TAGS = {"monochrome", "greyscale", "comic"}  # what --grey takes all the same
 OWN_REASONS = ("rating", "tag", "no picture", "forgotten")  # why a post is not asked for
 OWN_WORDS = r"(?i)(^|[\s({])[-~]?(ord\w*|sort|id):"  # of a search, which the paging needs
-CREDITS = {"artist": "tag_string_artist", "source": "source"}
 NO_ROBOTS = "robots.txt can't be had"
 RECHECKED = ("robots.txt", "not an address", "not an https address", "on a foreign host")  # without any request
 TRAINING = r"(?i)(?<![\w-])(ai-train|train-(gen)?ai|(gen)?ai)\s*=\s*\"?"  # contentsignals.org and IETF's aipref
@@ -205,6 +204,8 @@ def read_post(site: Site, ratings: list[str], faceless: set[str], raw: object) -
     """
     items = raw.items() if isinstance(raw, dict) else ()
     field = collections.defaultdict(str, {key: str(value) for key, value in items if isinstance(value, str | int)})
+    for key in ("tag_string_artist", "source", "tag_string", "tags"):
+        field[key] = decode_entities(field[key])
     if not re.fullmatch(r"[1-9]\d{0,15}", field["id"], re.ASCII):
         return None
     sample, original = field["sample_url"] or field["large_file_url"], field["file_url"]
@@ -224,14 +225,14 @@ def read_post(site: Site, ratings: list[str], faceless: set[str], raw: object) -
     if rating not in ratings:
         reason = "rating"
     names = dict(site=site.name, id=field["id"], page=site.home + site.page.format(field["id"]))
-    credit = {name: printable(decode_entities(field[key])) for name, key in CREDITS.items()}
+    credit = dict(artist=printable(field["tag_string_artist"]), source=printable(field["source"]))
     md5s = [f"md5-{md5.lower()}" for md5 in files.values() if re.fullmatch("(?i)[0-9a-f]{32}", md5)]
     return names | credit | dict(rating=rating, reason=reason, files=files, md5s=md5s)
 
 
 def decode_entities(text: str) -> str:
     """A site's &amp; and the like as characters, once, and none without its semicolon: addresses have &copy=1."""
-    return re.sub(r"&#?\w{1,30};", lambda entity: html.unescape(entity[0]), text[:2000])
+    return re.sub(r"&#?\w{1,30};", lambda entity: html.unescape(entity[0]), text)
 
 
 def printable(text: object, length: int = 300) -> str:
@@ -307,8 +308,9 @@ class Fetcher:
         """
         try:
             parts = urlsplit(address)
-            (scheme, host, port), path = origin(parts), (parts.path or "/") + ("?" + parts.query if parts.query else "")
-            host.encode("idna"), path.encode()
+            scheme, host, port = origin(parts)
+            path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+            path.encode() + host.encode("idna")  # or it raises
         except ValueError as error:
             raise Unusable("not an address", final=is_posts) from error
         trusted = (scheme, host, port) in self.trusted
@@ -477,7 +479,9 @@ def matches(pattern: str, path: str) -> bool:
         place = path.find(piece, place) + len(piece)
         if place < len(piece):
             return False
-    return place == len(path) or not pattern.endswith("$") or bool(others) and path.endswith(others[-1])
+    if not pattern.endswith("$") or place == len(path):
+        return True
+    return bool(others) and path.endswith(others[-1])
 
 
 # --------------------------------------------------------------------------- faces, in torch, and their crops
@@ -616,7 +620,8 @@ def decode(picture: bytes | str) -> Image.Image:
 
 def count_scans(data: bytes) -> tuple[int, int]:
     """How often a JPEG goes over its pixels, and its segments; 0 of other files. A decoder's time grows with both."""
-    scans, segments, place = 0, 0, 2 if data.startswith(b"\xff\xd8") else len(data)
+    scans = segments = 0
+    place = 2 if data.startswith(b"\xff\xd8") else len(data)
     while segments <= MAX_SEGMENTS and (marker := MARKER.search(data, place)) and marker[0] != b"\xff\xd9":  # the end
         scans, segments = scans + (marker[0] == b"\xff\xda"), segments + 1
         place = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
@@ -970,6 +975,8 @@ def fetch_picture(post: dict, fetcher: Fetcher) -> bytes:
                 raise
             missing = error
         else:
+            if b"DMI-PROHIBITED" in body:  # IPTC's and PLUS's property for data mining
+                raise Unusable("not for training (metadata)", final=True)
             if len(md5) == 32 and hashlib.md5(body, usedforsecurity=False).hexdigest() != md5.lower():
                 raise Unusable("damaged: another MD5")
             return body
@@ -998,7 +1005,7 @@ def collect(results: Iterator, folder: Folder, limit: int | None, total: int, fe
             faces, skipped = folder.faces - before, [f"{count:,} {why}" for why, count in counts.most_common()]
             summary = f"{faces:,} faces of {new:,} posts" + (f", {fetcher.bytes / 1e6:.1f} MB" if fetcher else "")
             summary += f"; skipped: {', '.join(skipped)}" if skipped else ""
-            progress.update(faces if limit else new, f"; {summary}")
+            progress.update(faces if limit else new, f"({summary})")
             if not fetcher or post["reason"] in OWN_REASONS:
                 continue
             if post["outcome"] in ("faces", "none"):
@@ -1047,22 +1054,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--urls", metavar="FILE", help="a list of picture addresses, one a line, instead of a site")
     add("--from-dir", metavar="DIR", help="a folder of pictures instead of a site")
     add("--base-url", metavar="URL", help="another host that speaks the site's API, as http(s)://HOST:PORT")
-    file_host = "other hosts of its files, as HOST or http(s)://HOST:PORT"
-    add("--file-host", nargs="+", default=[], metavar="HOST", help=file_host)
+    add("--file-host", nargs="+", default=[], metavar="HOST", help="of its files: HOST or http(s)://HOST:PORT")
     add("--to", metavar="DIR", default="data/anime", help="folder of the crops (data/anime)")
     add("--limit", type=number(int, 1), metavar="N", help="faces in the folder at the end (2000 from a site)")
     ratings = f"what to take of {', '.join(RATINGS)} (general)"
     add("--rating", nargs="+", choices=RATINGS, default=["general"], metavar="RATING", help=ratings)
     add("--detector", choices=["lbp", "none"], default="lbp", help="find faces, or take the centre square (lbp)")
     add("--cascade", metavar="FILE", help=f"the detector's file, downloaded when absent ({CASCADE_FILE})")
-    neighbours = "a face is where more than N of the detector's windows agree (4; OpenCV's own default is 3)"
-    add("--neighbours", type=number(int, 0), default=4, metavar="N", help=neighbours)
+    add("--neighbours", type=number(int, 0), default=4, metavar="N", help="of a face's windows, more than N agree (4)")
     add("--min-face", type=number(int, 24), default=64, metavar="PIXELS", help="smallest face's side (64)")
     add("--margin", type=number(float, 1, 4), default=1.5, metavar="RATIO", help="the crop's side in face sides (1.5)")
     add("--grey", action="store_true", help="keep grey crops and manga, too")
     add("--delay", type=number(float, 0), default=1.0, metavar="SECONDS", help="between two requests (1)")
-    contact = "your page or mail address for the User-Agent; Danbooru asks for one"
-    add("--contact", default="none given", metavar="TEXT", help=contact)
+    add("--contact", default="none given", metavar="TEXT", help="your page or mail address, which Danbooru asks for")
     add("--forget", nargs="+", default=[], metavar="ID", help="delete these posts' crops, never fetch them again")
     args = parser.parse_args(argv)
     name = r"(?:([a-z0-9._]+)-)?([0-9a-f]{1,16})(?:-\d+\.jpg)?"

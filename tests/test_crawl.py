@@ -105,9 +105,11 @@ def test_every_family_pages_to_its_end(tmp_path, site):
 
 def test_ratings_and_faceless_tags(server, tmp_path):
     server.add(9, encode(draw(9)), rating="questionable")
-    server.add(10, encode(draw(10)), tags="1girl monochrome")
+    server.add(10, encode(draw(10)), tags="1girl Monochrome")
+    server.add(11, encode(draw(11)), tags="1girl photo_&#40;medium&#41;", rating="Safe")
     assert crawl(server, tmp_path, "--rating", "general", "questionable") == 0
     assert rows(tmp_path)["9"]["outcome"] == "faces" and rows(tmp_path)["10"]["reason"] == "tag"
+    assert rows(tmp_path)["11"]["reason"] == "tag"
 
 
 def test_danbooru_sensitive_is_not_general_and_the_query_says_so(server, tmp_path):
@@ -804,6 +806,15 @@ def test_where_a_face_is_cut_out(monkeypatch, size, box, expected):
         (["--from-dir", ".", "--urls", "x"], "exclude"),
         (["--from-dir", ".", "--tags", "x"], "--tags"),
         (["--tags", "smile order:score"], "order:"),
+        (["--tags", "smile Order:score"], "order:"),
+        (["--tags", "ID:5"], "order:"),
+        (["--tags", "smile -id:5"], "order:"),
+        (["--file-host", "localhost"], "--file-host"),
+        (["--file-host", "ftp://x.org"], "--file-host"),
+        (["--file-host", "x.org", "--delay", "0.1", "--base-url", "http://localhost:1"], "--delay"),
+        (["--file-host", "x.org", "--from-dir", "."], "--file-host"),
+        (["--contact", "a\nb"], "--contact"),
+        (["--neighbours", "-1"], "--neighbours"),
         (["--urls", "no such file"], "no such file"),
         (["--limit", "0"], "--limit"),
         (["--margin", "nan"], "--margin"),
@@ -982,6 +993,13 @@ def test_opt_outs_in_headers(server, tmp_path, header):
     assert len(server.requests("/images/7/2.png")) == 1
 
 
+def test_opt_outs_in_the_picture_itself(server, tmp_path):
+    """The Data Mining property of IPTC and PLUS, in XMP."""
+    xmp = b'<rdf:Description plus:DataMining="http://ns.useplus.org/ldf/vocab/DMI-PROHIBITED-AIMLTRAINING"/>'
+    server.add(9, encode(draw(9), "JPEG", xmp=xmp))
+    assert crawl(server, tmp_path) == 0 and rows(tmp_path)["9"]["reason"] == "not for training (metadata)"
+
+
 def test_an_opt_out_in_robots_txt_is_kept(server, tmp_path, capsys):
     server.robots = "User-agent: *\nContent-Usage: /images/7/2 train-ai=n\nAllow: /"
     assert crawl(server, tmp_path) == 0
@@ -1128,7 +1146,12 @@ def test_a_later_option_reconsiders_what_it_may_change(server, tmp_path):
     server.add(4, encode(draw(4).resize((2, 2)).resize((256, 256), Image.Resampling.BICUBIC)))
     server.add(5, encode(draw(5)), tags="1girl Monochrome Comic")
     server.add(6, encode(draw(6)))
-    asked = lambda *more: (server.log.clear(), crawl(server, tmp_path, *more), server.pictures())[2]  # noqa: E731
+
+    def asked(*more) -> list[str]:
+        server.log.clear()
+        assert crawl(server, tmp_path, *more) == 0
+        return server.pictures()
+
     base = ("--min-face", 64)
     assert len(asked(*base)) == 4
     reasons = {id: row["reason"] for id, row in rows(tmp_path).items()}
