@@ -106,9 +106,9 @@ class Way(NamedTuple):
         smaller = self.min_face < int(min_face)
         if reasons == "no face" and detector == "none":
             return smaller  # the whole picture was too small
-        more = smaller or self.detector != detector or self.detector == "lbp" and self.neighbours < int(neighbours)
-        more = more or "blurred" in reasons and self.margin != float(margin)
-        more = more or "grey" in reasons and self.colours != colours
+        more = smaller or self.detector != detector or "grey" in reasons and self.colours != colours
+        if self.detector == "lbp":
+            more = more or self.neighbours < int(neighbours) or "blurred" in reasons and self.margin != float(margin)
         return more and reasons != "near-duplicate"
 
 

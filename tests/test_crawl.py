@@ -1158,10 +1158,35 @@ def test_a_later_option_reconsiders_what_it_may_change(server, tmp_path):
     assert reasons == {"1": "rating", "2": "no face", "3": "grey", "4": "blurred", "5": "tag", "6": ""}
     assert asked(*base) == [] == asked("--min-face", 80)
     assert asked(*base, "--rating", "explicit") == ["/images/7/1.png"]
-    assert asked(*base, "--margin", 2) == ["/images/7/4.png"]
+    assert asked(*base, "--margin", 2) == []  # the whole picture is blurred
     assert asked(*base, "--margin", 2, "--grey") == ["/images/7/5.png", "/images/7/3.png"]
     assert asked("--min-face", 32, "--margin", 2, "--grey") == ["/images/7/4.png", "/images/7/2.png"]
     assert {id for id, row in rows(tmp_path).items() if row["outcome"] == "faces"} == set("12356")
+
+
+@pytest.mark.parametrize(
+    "reasons, before, expected",
+    [
+        ("no face", "lbp 64 1.5 4 colour", False),
+        ("no face", "lbp 65 1.5 4 colour", True),
+        ("no face", "lbp 63 1.5 4 colour", False),
+        ("no face", "lbp 64 1.5 5 colour", True),
+        ("no face", "lbp 64 1.5 3 colour", False),
+        ("no face", "lbp 64 2 4 colour", False),
+        ("no face", "none 64 1.5 4 colour", False),  # smaller than 64 pixels
+        ("no face", "none 65 1.5 4 colour", True),
+        ("blurred", "lbp 64 2 4 colour", True),
+        ("blurred", "none 64 1.5 4 colour", True),
+        ("blurred, near-duplicate", "lbp 64 2 4 colour", True),
+        ("near-duplicate", "lbp 80 2 5 colour", False),
+        ("grey", "lbp 64 1.5 4 colour", False),
+        ("no face", "1.5", True),  # a damaged cell counts as the defaults of before
+    ],
+)
+def test_what_another_way_may_find(reasons, before, expected):
+    assert crawl_anime.Way("lbp", 64, 1.5, 4, "colour").may_find_more(reasons, before) is expected
+    if reasons == "grey":
+        assert crawl_anime.Way("lbp", 64, 1.5, 4, "grey").may_find_more(reasons, before)
 
 
 def test_another_detector_reconsiders_pictures_without_a_face(real_data, tmp_path):
