@@ -918,6 +918,15 @@ def test_what_is_gone_is_not_asked_for_again(server, tmp_path, code):
     assert len(server.requests("/images/7/2.png")) == 1 and rows(tmp_path)["2"]["outcome"] == "skipped"
 
 
+def test_few_pictures_are_enough_when_they_reach_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(crawl_anime, "POSTS_PER_FACE", 100)
+    server = FakeBooru(count=30)
+    server.always |= {f"/images/7/{number}.png": status(404) for number in range(3, 31)}
+    assert crawl(server, tmp_path / "all", "--limit", 9) == 3 and len(crops(tmp_path / "all")) == 2
+    assert crawl(server, tmp_path / "two", "--limit", 2) == 0
+    server.close()
+
+
 def test_a_hundred_refusals_end_a_crawl(tmp_path, capsys):
     server = FakeBooru(count=0)
     for number in range(1, 120):
