@@ -250,7 +250,7 @@ class Fetcher:
 
     def __init__(self, hosts: set[str], trusted: Iterable[str], delay: float, contact: str = "none given"):
         self.hosts, self.trusted, self.delay = hosts, {origin(urlsplit(home)) for home in trusted}, delay
-        self.agent = f"{AGENT}/1.0 (faces for a small generative model; a request a second; contact: {contact})"
+        self.agent = f"{AGENT}/1.0 (faces for a small generative model; at most a request a second; contact: {contact})"
         self.pace, self.next_start, self.bytes = delay, 0.0, 0
         self.robots, self.delays, self.starts = {}, {}, {}  # of each host: rules, Crawl-delay, next start
 
@@ -343,8 +343,8 @@ class Fetcher:
         self.pace = max(self.delay, 0.95 * self.pace)
         if headers.get("Content-Encoding", "identity").lower() != "identity":
             raise Unusable("compressed, though not asked for")
-        for name, refusal in OPT_OUTS.items():
-            if is_picture and re.search(refusal, ", ".join(headers.get_all(name, []))):
+        for name, pattern in OPT_OUTS.items():
+            if is_picture and re.search(pattern, ", ".join(headers.get_all(name, []))):
                 raise Unusable(f"not for training ({name})", final=True)
         kind = headers.get("Content-Type") or "image/"
         if is_picture and not re.match(r"(?i)image/|(application|binary)/octet-stream", kind):
@@ -696,7 +696,7 @@ class Folder:
         for row in self.rows.values():
             words = [word.rjust(17, "h") for word in row["hashes"].split() if re.fullmatch(HASH, word)]
             if sum(word[0] == "h" for word in words) < len(row["crops"].split()):  # a spreadsheet has rounded them
-                words = self.hash_files(row["crops"].split())
+                words = [word for word in words if word[0] == "m"] + self.hash_files(row["crops"].split())
             row["hashes"] = " ".join(words)
         words = [word for row in self.rows.values() for word in row["hashes"].split()]
         self.hashes = [int(word[1:], 16) for word in words if word[0] == "h"]
@@ -766,8 +766,10 @@ class Folder:
         if unknown:
             raise common.UserError(f"neither {self.table} nor a crop there has a post {', '.join(unknown)}")
         for site, id in files:
-            hashes = self.rows.get((site, id), {}).get("hashes", "") or " ".join(self.hash_files(files[site, id]))
-            self.rows[site, id] = dict(site=site, id=id, outcome="forgotten", hashes=hashes)
+            words = self.rows.get((site, id), {}).get("hashes", "").split()
+            if not any(word[0] == "h" for word in words):
+                words += self.hash_files(files[site, id])
+            self.rows[site, id] = dict(site=site, id=id, outcome="forgotten", hashes=" ".join(words))
         self.rewrite()
         return self.sweep()
 
