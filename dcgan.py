@@ -62,39 +62,47 @@ PRESETS = {
 }  # fmt: skip
 
 
-def widths(image_size: int, features: int) -> tuple[int, list[int]]:
-    """The side of the smallest feature maps, and the channels of all maps from the largest to the smallest."""
-    smallest = 7 if image_size == 28 else 4
-    halvings = (image_size // smallest).bit_length() - 1
-    return smallest, [features << i for i in range(halvings)]
+MAPS = {  # of an image's side: the sides of the feature maps, smallest first, and their channels over `features`
+    28: ((4, 7, 14), (4, 2, 1)),
+    32: ((4, 8, 16), (4, 2, 1)),
+    64: ((4, 8, 16, 32), (8, 4, 2, 1)),
+    128: ((4, 8, 16, 32, 64), (16, 8, 4, 2, 1)),
+}
+
+
+def doubling(smaller: int, larger: int) -> dict:
+    """A convolution between two sides, one of them twice the other or (4 and 7) one less."""
+    return dict(kernel_size=4 if larger == 2 * smaller else 3, stride=2, padding=1)
 
 
 class Generator(nn.Sequential):
     """Latents (N, latent_size) to images (N, channels, image_size, image_size) in [-1, 1]."""
 
     def __init__(self, latent_size: int, image_size: int, channels: int, features: int):
-        smallest, (*outer, width) = widths(image_size, features)
+        sides, widths = MAPS[image_size]
+        widths = [features * width for width in widths]
         layers = [nn.Unflatten(1, (latent_size, 1, 1))]
-        layers += [nn.ConvTranspose2d(latent_size, width, smallest, bias=False)]  # (N, width, smallest, smallest)
-        layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        for narrower in reversed(outer):
-            layers += [nn.ConvTranspose2d(width, narrower, 4, stride=2, padding=1, bias=False)]  # twice the side
-            layers += [nn.BatchNorm2d(narrower), nn.ReLU(inplace=True)]
-            width = narrower
-        super().__init__(*layers, nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1), nn.Tanh())
+        layers += [nn.ConvTranspose2d(latent_size, widths[0], sides[0], bias=False)]  # (N, width, side, side)
+        layers += [nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
+        for i in range(1, len(sides)):
+            size = doubling(sides[i - 1], sides[i])
+            layers += [nn.ConvTranspose2d(widths[i - 1], widths[i], **size, bias=False)]
+            layers += [nn.BatchNorm2d(widths[i]), nn.ReLU(inplace=True)]
+        super().__init__(*layers, nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1), nn.Tanh())
 
 
 class Discriminator(nn.Sequential):
     """Images (N, channels, image_size, image_size) in [-1, 1] to logits (N,) of being real."""
 
     def __init__(self, image_size: int, channels: int, features: int):
-        smallest, (width, *inner) = widths(image_size, features)
-        layers = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
-        for wider in inner:
-            layers += [nn.Conv2d(width, wider, 4, stride=2, padding=1, bias=False)]  # half the side
-            layers += [nn.BatchNorm2d(wider), nn.LeakyReLU(0.2, inplace=True)]
-            width = wider
-        super().__init__(*layers, nn.Conv2d(width, 1, smallest), nn.Flatten(0))  # (N, 1, 1, 1), then (N,)
+        sides, widths = (part[::-1] for part in MAPS[image_size])
+        widths = [features * width for width in widths]
+        layers = [nn.Conv2d(channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        for i in range(1, len(sides)):
+            size = doubling(sides[i], sides[i - 1])
+            layers += [nn.Conv2d(widths[i - 1], widths[i], **size, bias=False)]
+            layers += [nn.BatchNorm2d(widths[i]), nn.LeakyReLU(0.2, inplace=True)]
+        super().__init__(*layers, nn.Conv2d(widths[-1], 1, sides[-1]), nn.Flatten(0))  # (N, 1, 1, 1), then (N,)
 
 
 def initialise(layer: nn.Module) -> None:
@@ -218,12 +226,15 @@ def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, n
             fake_logits = discriminator(augment(fake_images.detach())).float()
         loss_of_discriminator = discriminator_loss(real_logits, fake_logits)
         common.descend(loss_of_discriminator, optimizers["discriminator"])
+        # How probable it holds real and generated images to be real, before it learns from them.
+        probabilities = {"D(x)": real_logits.sigmoid().mean(), "D(G(z))": fake_logits.sigmoid().mean()}
 
         with autocast:
             fake_logits = discriminator(augment(fake_images)).float()
         loss_of_generator = generator_loss(fake_logits)
         common.descend(loss_of_generator, optimizers["generator"])
-        return {"discriminator loss [nats]": loss_of_discriminator, "generator loss [nats]": loss_of_generator}
+        losses = {"discriminator loss [nats]": loss_of_discriminator, "generator loss [nats]": loss_of_generator}
+        return losses | probabilities
 
     return step
 

@@ -108,12 +108,15 @@ def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, n
             real_logits, fake_logits = discriminator(both).float().chunk(2)
         loss_of_discriminator = discriminator_loss(real_logits, fake_logits)
         common.descend(loss_of_discriminator, optimizers["discriminator"])
+        # How probable it holds real and generated images to be real, before it learns from them.
+        probabilities = {"D(x)": real_logits.sigmoid().mean(), "D(G(z))": fake_logits.sigmoid().mean()}
 
         with autocast:
             fake_logits = discriminator(fake_images).float()
         loss_of_generator = generator_loss(fake_logits)
         common.descend(loss_of_generator, optimizers["generator"])
-        return {"discriminator loss [nats]": loss_of_discriminator, "generator loss [nats]": loss_of_generator}
+        losses = {"discriminator loss [nats]": loss_of_discriminator, "generator loss [nats]": loss_of_generator}
+        return losses | probabilities
 
     return step
 
