@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         self.last = nn.Linear(256, 2 * latent_size)
 
     def forward(self, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        inputs = torch.cat([images.flatten(1), 5 * classes], dim=1)  # (N, 794); scaled as in the generator
+        inputs = torch.cat([images.flatten(1), 5 * classes], dim=1)  # (N, 794); scaled up to count among 784 pixels
         mu, logvar = self.last(self.layers(inputs)).float().chunk(2, dim=1)
         return mu, logvar  # each (N, latent_size)
 
@@ -139,7 +139,7 @@ class ClassMeans(nn.Module):
         self.register_buffer("prior", torch.zeros(CLASSES, FEATURES))
 
     def forward(self, name: str, features: Tensor, classes: Tensor) -> Tensor:
-        """Take in a batch: features (N, 128), classes (N, 10). Its share alone carries a gradient."""
+        """Update with a batch, features (N, 128) and classes (N, 10). Gradients flow through the batch alone."""
         counts = common.sum_over_processes(classes.sum(0)[:, None])  # (10, 1)
         batch_means = common.sum_over_processes(classes.T @ features) / counts.clamp(min=1)
         means = getattr(self, name)
@@ -149,7 +149,7 @@ class ClassMeans(nn.Module):
 
 
 def build(args: Namespace) -> dict[str, nn.Module]:
-    """The four networks, channels last as convolutions are fastest, and the moving averages of L_GC."""
+    """The four networks, in channels_last (the faster layout for convolutions), and the moving averages of L_GC."""
     networks = dict(
         encoder=Encoder(args.latent_size),
         generator=Generator(args.latent_size),
@@ -248,8 +248,8 @@ def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, n
         loss_adversarial = adversarial_loss(prior_logits)
         loss_label = classifier_loss(prior_class_logits, labels)
 
-        # E gets its gradient from L_KL and L_G alone, for x_p does not depend on it, and G gets none from L_KL: so
-        # one pass back through the sum gives both what the table at the top says.
+        # x_p does not depend on E, and L_KL not on G. So one backward pass through the sum gives each what the table
+        # says: E L_KL and L_G alone, G all but L_KL.
         loss_of_both = (
             weights["kl"] * loss_kl
             + loss_g
@@ -291,12 +291,12 @@ def train(args: Namespace) -> None:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
 
-    with common.Run(args, data) as run:
+    with common.Run(args, data) as run:  # its folder and log; `history` has the epochs of a resumed run
         step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
         for epoch in range(len(run.history) + 1, args.epochs + 1):
-            common.seed_everything(args.seed, epoch)  # so that a resumed run is the run that was never stopped
+            common.seed_everything(args.seed, epoch)  # of (seed, epoch) alone: a resumed run is the unbroken one
             for network in networks.values():
-                network.train()
+                network.train()  # drawing samples leaves the generator in eval mode
             for images, labels in common.batches(data, args.batch_size, device):
                 run.log(step(images, labels))
             run.end_epoch()
@@ -402,29 +402,25 @@ def sample(args: Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = common.Parser("cvaegan.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    count, rate = common.number(int, 1), common.number(float, 0, above=True)
+    whole, positive = common.number(int, 1), common.number(float, 0, above=True)
+    natural = common.number(int, 0, 2**63 - 1)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
-    names = "mnist, fashion, or digits, which needs no download (mnist)"
+    names = "mnist, fashion or digits; digits needs no download (mnist)"
     add("--dataset", metavar="NAME", type=common.labelled_name, default="mnist", help=names)
     add("--data-dir", metavar="DIR", type=common.absolute_path, default="data", help="folder of the data sets (data)")
     add("--out-dir", metavar="DIR", type=os.path.expanduser, help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
-    add("--epochs", metavar="N", type=count, help="passes over the images (guo 200)")
-    add("--batch-size", metavar="N", type=count, help="images a step (guo 128)")
-    add("--lr", metavar="RATE", type=rate, help="Adam's learning rate (guo 1e-4)")
-    add("--seed", metavar="N", type=common.number(int, 0, 2**63 - 1), default=0, help="of all that is random (guo 88)")
+    add("--epochs", metavar="N", type=whole, help="passes over the images (guo 200)")
+    add("--batch-size", metavar="N", type=whole, help="images a step (guo 128)")
+    add("--lr", metavar="RATE", type=positive, help="learning rate (guo 1e-4)")
+    add("--seed", metavar="N", type=natural, default=0, help="of all that is random (guo 88)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: an accelerator, if any (auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
     add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
-    add("--sample", metavar="N", type=count, help="draw N images from the run's checkpoint and end")
-    add(
-        "--to",
-        metavar="PATH",
-        type=os.path.expanduser,
-        help="where --sample writes: a grid (NAME.png) or a folder of images",
-    )
+    add("--sample", metavar="N", type=whole, help="draw N images from the run's checkpoint and end")
+    add("--to", metavar="PATH", type=os.path.expanduser, help="for --sample: a grid (NAME.png) or a folder of images")
     add = parser.add_argument_group("CVAE-GAN").add_argument
-    add("--weights", choices=list(WEIGHTS), help="weights of the losses: a column of the table above (guo ours)")
+    add("--weights", choices=list(WEIGHTS), help="of the losses: ours for 28x28, or the paper's for 128x128 (guo ours)")
     add("--label", metavar="K", type=common.number(int, 0, CLASSES - 1), help="--sample only class K, 0 to 9")
     args = common.parse(parser, PRESETS, argv)
     if args.label is not None and args.sample is None:

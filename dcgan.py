@@ -56,8 +56,7 @@ PRESETS = {
         folder=dict(epochs=50, lr=2e-4, image_size=64, features=64, augment="flip", seed=999),
     ),
     "banerjee": dict(
-        epochs=100, batch_size=128, lr=2e-4, beta1=0.5,
-        latent_size=100, image_size=28, features=32, augment="none", ema=0.0,
+        epochs=100, batch_size=128, lr=2e-4, beta1=0.5, latent_size=100, image_size=28, augment="none", ema=0.0,
     ),
 }  # fmt: skip
 
@@ -147,12 +146,13 @@ def build(args: Namespace) -> dict[str, nn.Module]:
             discriminator=Discriminator(args.image_size, channels, args.features).apply(initialise),
         )
     for network in networks.values():
-        network.to(memory_format=torch.channels_last)  # how the fast convolutions of CPUs and GPUs read images
+        network.to(memory_format=torch.channels_last)  # the faster memory layout for convolutions
     return networks
 
 
 def make_average(generator: nn.Module, decay: float) -> AveragedModel:
-    """The moving average of a generator's weights and batch statistics; it soon forgets the initial weights."""
+    """The moving average of a generator's weights and batch statistics: first a fast one, so that the initial weights
+    are soon forgotten, later one of this decay a step."""
 
     def average(means: list, values: list, updates: torch.Tensor) -> None:
         weight = max(10 / (10 + int(updates)), 1 - decay)
@@ -195,7 +195,7 @@ def diff_augment(images: torch.Tensor) -> torch.Tensor:
 
     places, reach = torch.arange(size, device=images.device), size // 8
     down, across = (place * (2 * reach + 1)).floor().sub(reach).view(count, 2, 1, 1).unbind(1)  # each (N, 1, 1)
-    # Row i of the result is row i - down: products with 0-1 matrices (N, 1, H, H) leave zeros where nothing moves in.
+    # A shift by products with 0-1 matrices (N, 1, H, H): row i of the result is row i - down, or zeros outside.
     rows, columns = ((places[:, None] - places == shift)[:, None].to(images.dtype) for shift in (down, across))
     images = rows @ images @ columns.transpose(2, 3)
 
@@ -225,9 +225,9 @@ def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, n
             real_logits = discriminator(augment(real_images)).float()
             fake_logits = discriminator(augment(fake_images.detach())).float()
         loss_of_discriminator = discriminator_loss(real_logits, fake_logits)
-        common.descend(loss_of_discriminator, optimizers["discriminator"])
-        # How probable it holds real and generated images to be real, before it learns from them.
+        # The discriminator's mean probability of "real", for real and for generated images.
         probabilities = {"D(x)": real_logits.sigmoid().mean(), "D(G(z))": fake_logits.sigmoid().mean()}
+        common.descend(loss_of_discriminator, optimizers["discriminator"])  # gradients and Adam, for this player alone
 
         with autocast:
             fake_logits = discriminator(augment(fake_images)).float()
@@ -254,12 +254,12 @@ def train(args: Namespace) -> None:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
 
-    with common.Run(args, data) as run:
+    with common.Run(args, data) as run:  # its folder and log; `history` has the epochs of a resumed run
         step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
         for epoch in range(len(run.history) + 1, args.epochs + 1):
-            common.seed_everything(args.seed, epoch)  # so that a resumed run is the run that was never stopped
+            common.seed_everything(args.seed, epoch)  # of (seed, epoch) alone: a resumed run is the unbroken one
             for network in networks.values():
-                network.train()
+                network.train()  # drawing samples leaves the generator in eval mode
             for images, _ in common.batches(data, args.batch_size, device):
                 run.log(step(images))
                 if args.ema:
@@ -303,33 +303,23 @@ def name_or_folder(dataset: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = common.Parser("dcgan.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    count, rate = common.number(int, 1), common.number(float, 0, above=True)
+    whole, positive = common.number(int, 1), common.number(float, 0, above=True)
+    natural = common.number(int, 0, 2**63 - 1)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
     names = f"{', '.join(common.LABELLED)}, anime (DATA_DIR/anime) or a folder of images (mnist)"
     add("--dataset", metavar="NAME", type=name_or_folder, default="mnist", help=names)
     add("--data-dir", metavar="DIR", type=common.absolute_path, default="data", help="folder of the data sets (data)")
     add("--out-dir", metavar="DIR", type=os.path.expanduser, help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
-    add("--epochs", metavar="N", type=count, help="passes over the images (guo 100, folders 50, banerjee 100)")
-    add("--batch-size", metavar="N", type=count, help="images a step (guo 128, banerjee 128)")
-    add("--lr", metavar="RATE", type=rate, help="Adam's learning rate (guo 3e-4, folders 2e-4, banerjee 2e-4)")
-    add(
-        "--seed",
-        metavar="N",
-        type=common.number(int, 0, 2**63 - 1),
-        default=0,
-        help="of all that is random (0, folders 999)",
-    )
+    add("--epochs", metavar="N", type=whole, help="passes over the images (guo 100, folders 50, banerjee 100)")
+    add("--batch-size", metavar="N", type=whole, help="images a step (guo 128, banerjee 128)")
+    add("--lr", metavar="RATE", type=positive, help="learning rate (guo 3e-4, folders 2e-4, banerjee 2e-4)")
+    add("--seed", metavar="N", type=natural, default=0, help="of all that is random (0, folders 999)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: an accelerator, if any (auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
     add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
-    add("--sample", metavar="N", type=count, help="draw N images from the run's checkpoint and end")
-    add(
-        "--to",
-        metavar="PATH",
-        type=os.path.expanduser,
-        help="where --sample writes: a grid (NAME.png) or a folder of images",
-    )
+    add("--sample", metavar="N", type=whole, help="draw N images from the run's checkpoint and end")
+    add("--to", metavar="PATH", type=os.path.expanduser, help="for --sample: a grid (NAME.png) or a folder of images")
     add = parser.add_argument_group("DCGAN").add_argument
     add("--image-size", type=int, choices=[32, 64, 128], help="side of a folder's images in pixels (folders 64)")
     augment = "flip mirrors half of the images; full also varies colour, place and cutout (none, folders flip)"

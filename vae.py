@@ -7,13 +7,14 @@
     python vae.py --sample 64 --to grid.png         # draw from it
 
 Both learn together to maximise the evidence lower bound, ELBO <= log p(x) (Kingma and Welling 2013, arXiv 1312.6114).
-Its first part asks that an image is found again from its latents. Its second part, the KL, keeps the Gaussians of all
-images close to the standard one, so that latents drawn from that become images. Losses are -ELBO in nats an image: sums
-over pixels and latents, means over images. Grey pixels enter as probabilities, as in the reports; figures for binarised
+Its reconstruction term asks the decoder to rebuild an image from its latents. Its KL term keeps every image's Gaussian
+near N(0, I), so that a latent drawn from N(0, I) decodes to an image. Losses are -ELBO in nats an image: sums over
+pixels and latents, means over images. Grey pixels enter as probabilities, as in the reports; figures for binarised
 MNIST don't compare.
 
 Test losses on MNIST: 152.4 nats for `guo` after 200 epochs (importance-weighted bound 149.2; 2.3 seconds an epoch on
-one core of an AMD EPYC, Zen 4, bfloat16), 99.9 for `banerjee-linear` after 100, 96.1 for `banerjee-conv` after 72.
+one core of an AMD EPYC, Zen 4, bfloat16), 99.9 for `banerjee-linear` after 100, 96.1 for `banerjee-conv` after 72 of
+its 100.
 """
 
 # /// script
@@ -69,7 +70,7 @@ class LinearDecoder(nn.Sequential):
 
 
 class ConvolutionalEncoder(nn.Sequential):
-    """As LinearEncoder; dropout takes whole channels, since neighbouring pixels would give a lone one away."""
+    """As LinearEncoder. Dropout takes whole channels: a lone pixel could be told from its neighbours."""
 
     def __init__(self, latent_size: int, sizes: tuple[int, ...]):
         layers = []
@@ -90,7 +91,7 @@ class ConvolutionalDecoder(nn.Sequential):
 
 
 def build(args: Namespace) -> dict[str, nn.Module]:
-    """The two networks; channels last in memory, in which convolutions are fastest."""
+    """The two networks, in channels_last: the faster memory layout for convolutions."""
     kinds = (ConvolutionalEncoder, ConvolutionalDecoder) if args.convolutional else (LinearEncoder, LinearDecoder)
     encoder, decoder = (kind(args.latent_size, args.sizes).to(memory_format=torch.channels_last) for kind in kinds)
     return dict(encoder=encoder, decoder=decoder)
@@ -163,12 +164,12 @@ def train(args: Namespace) -> None:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
 
-    with common.Run(args, data) as run:
+    with common.Run(args, data) as run:  # its folder and log; `history` has the epochs of a resumed run
         step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
         for epoch in range(len(run.history) + 1, args.epochs + 1):
-            common.seed_everything(args.seed, epoch)  # so that a resumed run is the run that was never stopped
+            common.seed_everything(args.seed, epoch)  # of (seed, epoch) alone: a resumed run is the unbroken one
             for network in networks.values():
-                network.train()
+                network.train()  # measuring and drawing leave them in eval mode
             for images, _ in common.batches(data, args.batch_size, device):
                 run.log(step(images))
             run.end_epoch(measure(encoder, decoder, test_images))
@@ -240,7 +241,8 @@ def draw_reconstructions(encoder: nn.Module, decoder: nn.Module, images: Tensor)
 
 @torch.no_grad()
 def draw_latent_map(encoder: nn.Module, images: Tensor, labels: Tensor) -> Image.Image:
-    """Mean latents of images, uint8 (N, 1, 28, 28), coloured by class: of more than two their principal components."""
+    """Mean latents of images, uint8 (N, 1, 28, 28), as points coloured by class; of more than two latents the first
+    two principal components."""
     encoder.eval()
     points = torch.cat([encode(encoder, common.to_unit(chunk))[0].cpu() for chunk in images.split(500)])
     names = ["first latent", "second latent"]
@@ -298,37 +300,30 @@ def evaluate(args: Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = common.Parser("vae.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    count, rate = common.number(int, 1), common.number(float, 0, above=True)
+    whole, positive = common.number(int, 1), common.number(float, 0, above=True)
+    natural = common.number(int, 0, 2**63 - 1)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
-    names = "mnist, fashion, or digits, which needs no download (mnist)"
+    names = "mnist, fashion or digits; digits needs no download (mnist)"
     add("--dataset", metavar="NAME", type=common.labelled_name, default="mnist", help=names)
     add("--data-dir", metavar="DIR", type=common.absolute_path, default="data", help="folder of the data sets (data)")
     add("--out-dir", metavar="DIR", type=os.path.expanduser, help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
     add(
         "--epochs",
         metavar="N",
-        type=count,
+        type=whole,
         help="passes over the images (guo 200, banerjee-linear 100, banerjee-conv 100)",
     )
-    add("--batch-size", metavar="N", type=count, help="images a step (guo 128, banerjee-linear 64, banerjee-conv 128)")
+    add("--batch-size", metavar="N", type=whole, help="images a step (guo 128, banerjee-linear 64, banerjee-conv 128)")
     add(
-        "--lr",
-        metavar="RATE",
-        type=rate,
-        help="Adam's learning rate (guo 1e-4, banerjee-linear 1e-4, banerjee-conv 1e-4)",
+        "--lr", metavar="RATE", type=positive, help="learning rate (guo 1e-4, banerjee-linear 1e-4, banerjee-conv 1e-4)"
     )
-    add("--seed", metavar="N", type=common.number(int, 0, 2**63 - 1), default=0, help="of all that is random (0)")
+    add("--seed", metavar="N", type=natural, default=0, help="of all that is random (0)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: an accelerator, if any (auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
     add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
-    add("--sample", metavar="N", type=count, help="draw N images from the run's checkpoint and end")
-    add(
-        "--to",
-        metavar="PATH",
-        type=os.path.expanduser,
-        help="where --sample writes: a grid (NAME.png) or a folder of images",
-    )
+    add("--sample", metavar="N", type=whole, help="draw N images from the run's checkpoint and end")
+    add("--to", metavar="PATH", type=os.path.expanduser, help="for --sample: a grid (NAME.png) or a folder of images")
     add = parser.add_argument_group("VAE").add_argument
     add("--beta", metavar="WEIGHT", type=common.number(float, 0), help="weight of the KL in training (1)")
     add("--evaluate", action="store_true", help="print the run's test ELBO and importance-weighted bound, in nats")
