@@ -1,6 +1,7 @@
 """dcgan.py: networks, initial weights, augmentation, the average, batch norm when sampling."""
 
 import math
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import common
 import dcgan
-from tests.conftest import BF16, CPU, FP32
+from tests.conftest import BF16, CPU, FP32, make_folder
 
 
 def options(dataset: str = "digits", preset: str = "guo", **changes) -> Namespace:
@@ -50,7 +51,7 @@ def test_networks_have_a_layer_for_each_doubling_and_the_shapes_of_their_images(
     assert networks["discriminator"](images).shape == (2,)
     for network, kind in (("generator", nn.ConvTranspose2d), ("discriminator", nn.Conv2d)):
         layers = [layer for layer in networks[network] if isinstance(layer, kind)]
-        assert len(layers) == {28: 3, 32: 4, 64: 5, 128: 6}[size]
+        assert len(layers) == {28: 4, 32: 4, 64: 5, 128: 6}[size]
         channels = [layer.out_channels for layer in layers][:-1]
         widths = [8 * 2**i for i in range(len(layers) - 1)]
         assert channels == (widths if network == "discriminator" else widths[::-1])
@@ -60,9 +61,9 @@ def test_the_network_for_digits_follows_the_reports_rules():
     networks = dcgan.build(options())
     kinds = {name: [type(layer).__name__ for layer in network] for name, network in networks.items()}
     block = ["ConvTranspose2d", "BatchNorm2d", "ReLU"]
-    assert kinds["generator"] == ["Unflatten", *block, *block, "ConvTranspose2d", "Tanh"]
+    assert kinds["generator"] == ["Unflatten", *block * 3, "ConvTranspose2d", "Tanh"]
     assert kinds["discriminator"] == [
-        *("Conv2d", "LeakyReLU", "Conv2d", "BatchNorm2d", "LeakyReLU", "Conv2d", "Flatten")
+        *("Conv2d", "LeakyReLU", *["Conv2d", "BatchNorm2d", "LeakyReLU"] * 2, "Conv2d", "Flatten")
     ]
 
 
@@ -73,12 +74,12 @@ def parameters_of(network: nn.Module) -> int:
 @pytest.mark.parametrize(
     ("dataset", "preset", "generator", "discriminator"),
     [
-        # 100-64 7x7, 64-32 4x4, 32-1 4x4, each batch norm two numbers a channel; biases where no batch norm follows
+        # 100-128 4x4, 128-64 3x3, 64-32 and 32-1 4x4, batch norm two numbers a channel; biases where none follows
         (
             "digits",
             "guo",
-            100 * 64 * 49 + 2 * 64 + 64 * 32 * 16 + 2 * 32 + 32 * 16 + 1,
-            (16 * 32 + 32) + (32 * 64 * 16 + 2 * 64) + (64 * 49 + 1),
+            (100 * 128 * 16 + 2 * 128) + (128 * 64 * 9 + 2 * 64) + (64 * 32 * 16 + 2 * 32) + (32 * 16 + 1),
+            (16 * 32 + 32) + (32 * 64 * 16 + 2 * 64) + (64 * 128 * 9 + 2 * 128) + (128 * 16 + 1),
         ),
         # PyTorch's own DCGAN example has 3,576,704 and 2,765,568: it leaves out the biases next to image and logit
         ("faces", "guo", 3_576_704 + 3, 2_765_568 + 64 + 1),
@@ -305,6 +306,21 @@ def test_a_run_on_a_folder_keeps_its_average_and_draws_from_it(trainings, tmp_pa
     )
     drawn = sorted((tmp_path / "drawn").iterdir())
     assert len(drawn) == 7 and Image.open(drawn[0]).size == (32, 32) and Image.open(drawn[0]).mode == "RGB"
+
+
+def test_images_that_moved_are_known_and_others_are_refused(trainings, tmp_path, monkeypatch, capfd, refusal):
+    monkeypatch.setitem(dcgan.PRESETS["guo"]["folder"], "features", 8)
+    moved = shutil.copytree(trainings.folder / "faces", tmp_path / "moved")
+    run = shutil.copytree(trainings.finished("dcgan-faces"), tmp_path / "run")
+    resume = ["--out-dir", run, "--data-dir", tmp_path, "--resume", "--epochs"]
+    trainings.main("dcgan", *resume, 3, "--dataset", moved)
+    assert common.load_checkpoint(run)["epoch"] == 3
+    other = make_folder(tmp_path / "other", 30)
+    assert "other holds other images than the run's" in refusal("dcgan", *resume, 4, "--dataset", other)
+    (moved / "000.png").unlink()
+    capfd.readouterr()
+    trainings.main("dcgan", *resume, 4)  # from where they were the last time
+    assert "moved has changed since the checkpoint: 47 images now" in capfd.readouterr().out
 
 
 def test_the_presets_are_the_reports():

@@ -81,8 +81,10 @@ def test_step_equals_the_textbook_step():
     common.seed_everything(3)
     losses = gan.make_step(args, CPU, FP32, networks, optimizers)(images)
 
+    torch.testing.assert_close(losses["D(x)"], discriminator(images / 127.5 - 1).sigmoid().mean())
     common.seed_everything(3)
     fake = generator(torch.randn(6, args.latent_size))
+    torch.testing.assert_close(losses["D(G(z))"], discriminator(fake).sigmoid().mean())
     criterion = torch.nn.BCEWithLogitsLoss()
     for network, loss_of in (
         (
@@ -119,7 +121,7 @@ def test_training_leaves_a_whole_folder(trainings):
         *pictures,
     }
     log = (run / "log.csv").read_text().splitlines()
-    assert log[0] == "epoch,discriminator loss [nats],generator loss [nats],seconds,images per second"
+    assert log[0] == "epoch,discriminator loss [nats],generator loss [nats],D(x),D(G(z)),seconds,images per second"
     assert [line.split(",")[0] for line in log[1:]] == ["1", "2"]
     for name in ("real.png", "samples/epoch-0001.png"):
         assert Image.open(run / name).size == (8 * 30 + 2, (5 if name == "real.png" else 8) * 30 + 2)
@@ -132,6 +134,18 @@ def test_a_new_run_spares_the_old(trainings, tmp_path, capsys):
     assert f"the run that was in {tmp_path}/run is now {tmp_path}/run-2" in capsys.readouterr().out
     seeds = {path.name: common.load_checkpoint(path)["options"]["seed"] for path in tmp_path.iterdir()}
     assert seeds == {"run-1": 0, "run-2": 1, "run": 2}
+
+
+def test_a_run_is_moved_aside_only_where_nothing_of_the_users_moves(trainings, tmp_path, monkeypatch, refusal):
+    options = ["--data-dir", trainings.folder / "tiny", "--batch-size", 20, "--epochs", 1]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/notes.txt").write_text("of the user")
+    trainings.train("gan-guo", tmp_path / "own")
+    assert "own holds a run, and is not moved aside" in refusal("gan", *options, "--out-dir", tmp_path / "own")
+    trainings.train("gan-guo", tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run/samples")
+    assert "run holds a run, and is not moved aside" in refusal("gan", *options, "--out-dir", tmp_path / "run")
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "run"}
 
 
 def test_sampling_to_a_grid_or_a_folder(trainings, tmp_path):
