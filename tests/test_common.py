@@ -43,15 +43,6 @@ def test_idx_files_are_read_as_they_are(tmp_path):
     assert data.labels.tolist() == [i % 10 for i in range(40)] and data.labels.dtype == torch.int64
 
 
-def test_idx_files_in_folders_of_their_names_are_found(tmp_path):
-    raw = write_idx(tmp_path, 40) / "MNIST/raw"
-    for file in list(raw.iterdir()):
-        file.rename(raw / "held")
-        file.mkdir()
-        (raw / "held").rename(file / file.name)
-    assert len(common.load_data("mnist", tmp_path).images) == 40
-
-
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "empty", "folder", "swapped"])
 def test_damaged_idx_files_are_named(tmp_path, damage):
     folder = write_idx(tmp_path, 40)
@@ -219,11 +210,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     assert common.load_checkpoint(tmp_path / "run")["epoch"] == 1
 
 
-def test_a_figure_that_is_not_finite_ends_the_run_too(tmp_path):
-    with pytest.raises(common.UserError, match="test loss is nan after epoch 1: no checkpoint was written"):
-        FakeTraining(tmp_path / "run").epoch(**{"test loss": math.nan})
-
-
 @pytest.mark.parametrize("names", [{"log.csv"}, {"real.png", "losses.png", "progress.png", "progress.gif"}])
 def test_a_log_or_picture_that_cannot_be_written_is_one_warning(names, tmp_path, capsys):
     for name in names:
@@ -235,23 +221,6 @@ def test_a_log_or_picture_that_cannot_be_written_is_one_warning(names, tmp_path,
     warned = re.findall(r"warning: can't write .*/(\S+): ", capsys.readouterr().out)
     assert sorted(warned) == sorted(names)
     assert common.load_checkpoint(tmp_path / "run")["epoch"] == 3
-
-
-def test_a_run_holds_its_folder(tmp_path):
-    training = FakeTraining(tmp_path / "run")
-    with training.run, pytest.raises(common.UserError, match="another process writes to .*run: wait, or name another"):
-        FakeTraining(tmp_path / "run")
-    FakeTraining(tmp_path / "run")
-
-
-def test_an_epoch_that_takes_long_is_told_once(tmp_path, monkeypatch, capsys):
-    now = 0.0
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    training = FakeTraining(tmp_path / "run", epochs=5)
-    for seconds in (4, 4, 8, 30, 30):
-        now += seconds
-        training.epoch()
-    assert capsys.readouterr().out.count("this epoch took 2.5 times the fastest") == 1
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
@@ -384,24 +353,6 @@ def test_mnist_is_held_once_in_memory(real_data, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 300
-
-
-@pytest.mark.parametrize(("name", "words"), [("torch", "torch is older than 2.6"), ("torchvision", "torchvision")])
-def test_libraries_that_are_too_old_or_absent_are_named(name, words, monkeypatch):
-    if name == "torch":
-        monkeypatch.delattr(torch, "accelerator")
-    else:
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(common.UserError, match=f"{words}.*pip install -r requirements.txt"):
-        common.choose_device(Namespace(device="cpu"))
-
-
-def test_a_busy_machine_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    for load, times in ((0.0, 0), (50.0, 1)):
-        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
-        common.choose_autocast(Namespace(precision="fp32", script="gan"), torch.device("cpu"))
-        assert capsys.readouterr().out.count("this machine is busy") == times
 
 
 def test_precision_follows_the_processor(monkeypatch):

@@ -1,7 +1,6 @@
 """dcgan.py: networks, initial weights, augmentation, the average, batch norm when sampling."""
 
 import math
-import shutil
 from argparse import Namespace
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 
 import common
 import dcgan
-from tests.conftest import BF16, CPU, FP32, make_folder
+from tests.conftest import BF16, CPU, FP32
 
 
 def options(dataset: str = "digits", preset: str = "guo", **changes) -> Namespace:
@@ -306,21 +305,6 @@ def test_a_run_on_a_folder_keeps_its_average_and_draws_from_it(trainings, tmp_pa
     )
     drawn = sorted((tmp_path / "drawn").iterdir())
     assert len(drawn) == 7 and Image.open(drawn[0]).size == (32, 32) and Image.open(drawn[0]).mode == "RGB"
-
-
-def test_images_that_moved_are_known_and_others_are_refused(trainings, tmp_path, monkeypatch, capfd, refusal):
-    monkeypatch.setitem(dcgan.PRESETS["guo"]["folder"], "features", 8)
-    moved = shutil.copytree(trainings.folder / "faces", tmp_path / "moved")
-    run = shutil.copytree(trainings.finished("dcgan-faces"), tmp_path / "run")
-    resume = ["--out-dir", run, "--data-dir", tmp_path, "--resume", "--epochs"]
-    trainings.main("dcgan", *resume, 3, "--dataset", moved)
-    assert common.load_checkpoint(run)["epoch"] == 3
-    other = make_folder(tmp_path / "other", 30)
-    assert "other holds other images than the run's" in refusal("dcgan", *resume, 4, "--dataset", other)
-    (moved / "000.png").unlink()
-    capfd.readouterr()
-    trainings.main("dcgan", *resume, 4)  # from where they were the last time
-    assert "moved has changed since the checkpoint: 47 images now" in capfd.readouterr().out
 
 
 def test_the_presets_are_the_reports():

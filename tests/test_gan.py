@@ -136,18 +136,6 @@ def test_a_new_run_spares_the_old(trainings, tmp_path, capsys):
     assert seeds == {"run-1": 0, "run-2": 1, "run": 2}
 
 
-def test_a_run_is_moved_aside_only_where_nothing_of_the_users_moves(trainings, tmp_path, monkeypatch, refusal):
-    options = ["--data-dir", trainings.folder / "tiny", "--batch-size", 20, "--epochs", 1]
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own/notes.txt").write_text("of the user")
-    trainings.train("gan-guo", tmp_path / "own")
-    assert "own holds a run, and is not moved aside" in refusal("gan", *options, "--out-dir", tmp_path / "own")
-    trainings.train("gan-guo", tmp_path / "run")
-    monkeypatch.chdir(tmp_path / "run/samples")
-    assert "run holds a run, and is not moved aside" in refusal("gan", *options, "--out-dir", tmp_path / "run")
-    assert {path.name for path in tmp_path.iterdir()} == {"own", "run"}
-
-
 def test_sampling_to_a_grid_or_a_folder(trainings, tmp_path):
     shutil.copytree(trainings.finished("gan-guo"), tmp_path / "run")
     run = ["--out-dir", str(tmp_path / "run"), "--sample"]
