@@ -6,7 +6,7 @@
     python crawl_anime.py --forget safebooru-123              # delete a post's crops, never fetch it again
     python dcgan.py --dataset anime                           # train on the result
 
-Each picture is fetched once, its faces are cut out as 256x256 squares and noted in metadata.csv: the credit list, the
+Each picture is fetched once. Its faces are cut out as 256x256 squares and noted in metadata.csv: the credit list, the
 log and the place to go on from. The pictures belong to the artists who drew them: keep the crops to yourself, and take
 out what an artist asks you to. The detector is OpenCV 4's detectMultiScale(equalizeHist(grey), 1.1, 4) in torch: on 79
 illustrations of at most 1000 pixels it finds OpenCV 4.14's 56 boxes (53 of them to the pixel), in 0.16 s of one core
@@ -22,27 +22,27 @@ import argparse
 import collections
 import contextlib
 import csv
+import fnmatch
 import functools
+import glob
 import hashlib
 import html
 import http.client
 import io
 import ipaddress
+import itertools
 import json
 import os
 import random
 import re
 import shlex
 import socket
-import sqlite3
 import ssl
-import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from urllib.parse import SplitResult, quote, quote_plus, unquote, urljoin, urlsplit
 from xml.etree import ElementTree
 
@@ -56,22 +56,22 @@ AGENT = "crawl_anime"  # the name that a robots.txt can address
 TRIES, REDIRECTS = 5, 5
 FAILURES, REFUSALS = 10, 100  # without a picture between them, after which the source counts as broken
 POSTS_PER_FACE = 10  # a crawl ends after this many new posts for each face asked for
-TIMEOUT, DEADLINE, PATIENCE = 20, 120, 600  # seconds: for a wait, for an answer, and that Retry-After may ask for
-SLOWEST, GRACE = 2048, 10  # bytes a second that an answer must come at, but for its first seconds
+TIMEOUT, DEADLINE, PATIENCE = 20, 120, 600  # seconds: socket timeout, whole answer, longest pause for a host
+SLOWEST, GRACE = 2048, 10  # least bytes a second of an answer, after its first seconds
 MAX_BYTES, MAX_PIXELS = 20 * 2**20, 40_000_000
 MAX_SCANS, MAX_SEGMENTS = 50, 10_000  # of a JPEG; libjpeg's own script has 10 scans, 26 in four colours
-MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # a JPEG's, that a length follows, or the end
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # in a JPEG: a length follows, or it is the end
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif")
 FIELDS = "site id page artist source rating outcome reason options crops boxes hashes".split()
 HASH = "(h?[0-9a-f]{16})|md5-[0-9a-f]{32}"  # with a letter first, which no spreadsheet takes for a number
-OLD_OPTIONS = "lbp 64 1.5 5 colour"  # of tables without that column
+FORMULA = "^([=+@\uff1d\uff0b\uff0d\uff20-])"  # what a spreadsheet would run
 RATINGS = ("general", "sensitive", "questionable", "explicit")
-FACELESS_TAGS = set("photo_(medium) 3d monochrome greyscale sketch lineart comic no_humans animated".split())
-MANGA_TAGS = {"monochrome", "greyscale", "comic"}  # what --grey takes all the same
+FACELESS_TAGS = {"photo_(medium)", "3d", "sketch", "lineart", "no_humans", "animated"}
+MANGA_TAGS = {"monochrome", "greyscale", "comic"}  # faceless, too, but for --grey
 OWN_REASONS = ("rating", "tag", "no picture", "forgotten")  # why a post is not asked for
 OWN_WORDS = r"(?i)(^|[\s({])[-~]?(ord\w*|sort|id):"  # of a search, which the paging needs
 NO_ROBOTS = "robots.txt can't be had"
-RECHECKED = ("robots.txt", "not an address", "not an https address", "on a foreign host")  # without any request
+RECHECKED = ("robots.txt", "not an address", "not an https address", "on a foreign host")  # for they cost no request
 TRAINING = r"(?i)(?<![\w-])(ai-train|train-(gen)?ai|(gen)?ai)\s*=\s*\"?"  # contentsignals.org and IETF's aipref
 OPT_OUTS = {"X-Robots-Tag": r"(?i)\b(noai|noimageai|noml)\b", "TDM-Reservation": r"\b1\b"}
 OPT_OUTS |= {"Content-Signal": TRAINING + "n", "Content-Usage": TRAINING + "n"}
@@ -86,40 +86,33 @@ class SourceError(common.UserError):
     status = 3  # the source refused or failed, which ends the crawl
 
 
-class Way(NamedTuple):
-    """How a picture becomes crops. As the text of a cell: all but the cascade's file."""
-
-    detector: str
-    min_face: int
-    margin: float
-    neighbours: int
-    colours: str  # "colour", or "grey" if grey crops are kept, too
-    cascade: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.detector} {self.min_face} {self.margin:g} {self.neighbours} {self.colours}"
-
-    def may_find_more(self, reasons: str, options: str) -> bool:
-        """Whether a post that was left for these reasons, with these options, may have a face for this way."""
-        is_known = re.fullmatch(r"(lbp|none) \d+ \d(\.\d+)? \d+ (colour|grey)", options)
-        detector, min_face, margin, neighbours, colours = (options if is_known else OLD_OPTIONS).split()
-        smaller = self.min_face < int(min_face)
-        if reasons == "no face" and detector == "none":
-            return smaller  # the whole picture was too small
-        more = smaller or self.detector != detector or "grey" in reasons and self.colours != colours
-        if self.detector == "lbp":
-            more = more or self.neighbours < int(neighbours) or "blurred" in reasons and self.margin != float(margin)
-        return more and reasons != "near-duplicate"
-
-
 class Unusable(Exception):
-    """A picture that can't be had or cropped, and why. `again`: another try at once may help; `final`: another crawl
-    won't; `status`: HTTP's, if any.
-    """
+    """A picture can't be had or cropped. `again`: another try at once may help. `final`: another crawl won't help."""
 
     def __init__(self, reason: str, again: bool = False, final: bool = False, status: int = 0):
         super().__init__(reason)
-        self.again, self.final, self.status = again, final, status
+        self.again, self.final, self.status = again, final, status  # HTTP's status, if any
+
+
+def describe(args: argparse.Namespace) -> str:
+    """The options that make crops of a picture, as a cell of the table."""
+    colours = "grey" if args.grey else "colour"
+    return f"{args.detector} {args.min_face} {args.margin:g} {args.neighbours} {colours}"
+
+
+def may_find_more(args: argparse.Namespace, reasons: str, described: str) -> bool:
+    """Whether a post that was left for these reasons, with options of that description, may give a crop now."""
+    known = re.fullmatch(r"(lbp|none) (\d+) (\d(?:\.\d+)?) (\d+) (colour|grey)", described)
+    if reasons == "near-duplicate" or not known:
+        return reasons != "near-duplicate"
+    detector, min_face, margin, neighbours, colours = known.groups()
+    smaller = args.min_face < int(min_face)
+    if reasons == "no face" and detector == "none":
+        return smaller  # the whole picture was too small
+    if smaller or args.detector != detector or "grey" in reasons and args.grey and colours == "colour":
+        return True
+    other_crop = "blurred" in reasons and args.margin != float(margin)
+    return args.detector == "lbp" and (other_crop or args.neighbours < int(neighbours))
 
 
 # -------------------------------------------------------------------------------------------------- the sites
@@ -138,7 +131,7 @@ class Site(NamedTuple):
     tags: str = "1girl solo"
 
     def query(self, tags: str, below: int | None) -> str:
-        """Paging by id instead of by number is never too deep, and posts that arrive meanwhile shift nothing."""
+        """Paging by id is never too deep, and new posts shift nothing."""
         if below and not self.below:
             tags = f"{tags} id:<{below}".strip()
         return self.search.format(quote_plus(tags)) + (self.below.format(below) if below else "")
@@ -155,11 +148,12 @@ SITES = {
 }
 
 
-def site_posts(fetcher: "Fetcher", site: Site, tags: str, ratings: list[str], faceless: set[str]) -> Iterator[dict]:
-    """All posts of a query, newest first, as far as the source goes."""
-    below = None
+def site_posts(fetcher: "Fetcher", site: Site, args: argparse.Namespace) -> Iterator[dict]:
+    """All posts that the options ask for, newest first, as far as the source goes."""
+    tags, below = site.tags if args.tags is None else args.tags, None
+    tags = f"{tags} {site.general if args.rating == ['general'] else ''}".strip()
     while page := fetch_page(fetcher, site.home, site.query(tags, below)):
-        posts = [post for raw in page if (post := read_post(site, ratings, faceless, raw))]
+        posts = [post for raw in page if (post := read_post(site, args, raw))]
         lowest = min((int(post["id"]) for post in posts), default=None)
         if not lowest or below and lowest >= below:
             raise SourceError(f"{site.home} gives the same posts again: it does not page by id")
@@ -170,7 +164,7 @@ def site_posts(fetcher: "Fetcher", site: Site, tags: str, ratings: list[str], fa
 def fetch_page(fetcher: "Fetcher", home: str, query: str) -> list:
     """A page of posts. Sites have empty pages in the middle of a search: one is believed when it comes three times."""
     for attempt in range(3):
-        fetcher.back_off(attempt)
+        fetcher.wait_at_least(2 * attempt * fetcher.delay)
         try:
             text = fetcher.fetch(home + query, is_picture=False).decode("utf-8-sig", "replace").strip()
             page = json.loads(text or "[]")
@@ -180,32 +174,28 @@ def fetch_page(fetcher: "Fetcher", home: str, query: str) -> list:
             page = None
         if page and isinstance(page, list):
             return page
-    if page != []:
-        why = complaint(text) or "is it down, or of another kind?"
-        raise SourceError(f"{home} answers no list of posts in JSON: {why}")
-    return page
+    if page == []:
+        return page
+    why = complaint(text) or "is it down, or of another kind?"
+    raise SourceError(f"{home} answers no list of posts in JSON: {why}")
 
 
 def complaint(text: str) -> str:
-    """What an answer that is no list of posts says, in JSON, XML or plain words; "" for a page of HTML."""
-    with contextlib.suppress(ValueError, RecursionError):
-        answer = json.loads(text)
-        words = [answer.get(key) for key in ("message", "reason", "error")] if isinstance(answer, dict) else [answer]
-        return next((printable(word) for word in words if word and isinstance(word, str)), "")
-    reason = re.search(r"""reason=["']([^"'<>]+)""", text)  # Gelbooru's <response success="false" reason="...">
-    text = reason[1] if reason else text
-    return "" if text.startswith("<") else printable(text)
+    """What an answer that is no list of posts says, in JSON, XML or plain words; "" if it says nothing."""
+    named = re.search(r"""(?:message|reason|error)["']?\s*[:=]\s*(["'])(.+?)\1""", text)
+    text = named[2] if named else text
+    return "" if text.startswith(("<", "{", "[")) else printable(text)
 
 
-def read_post(site: Site, ratings: list[str], faceless: set[str], raw: object) -> dict | None:
-    """The beginning of a row of metadata.csv, from JSON in which anything may be missing or of another type; None
-    without an id. Its reason says why the post is not worth a request; its files are address -> MD5 or "", the smallest
-    that still gives good faces first.
+def read_post(site: Site, args: argparse.Namespace, raw: object) -> dict | None:
+    """The beginning of a row of metadata.csv, from JSON in which all may be missing or of any type; None without an id.
+
+    `reason` says why the post is not worth a request. `files` is address -> MD5 or "", the smaller picture first.
     """
     items = raw.items() if isinstance(raw, dict) else ()
     field = collections.defaultdict(str, {key: str(value) for key, value in items if isinstance(value, str | int)})
-    for key in ("tag_string_artist", "source", "tag_string", "tags"):
-        field[key] = decode_entities(field[key])
+    for key in ("tag_string_artist", "source", "tag_string", "tags"):  # &amp; once, and no &copy without a semicolon
+        field[key] = re.sub(r"&#?\w{1,30};", lambda entity: html.unescape(entity[0]), field[key])
     if not re.fullmatch(r"[1-9]\d{0,15}", field["id"], re.ASCII):
         return None
     sample, original = field["sample_url"] or field["large_file_url"], field["file_url"]
@@ -217,22 +207,17 @@ def read_post(site: Site, ratings: list[str], faceless: set[str], raw: object) -
     for address, md5 in ((sample, ""), (original, field["md5"] or field["hash"])):  # the MD5 is the original's
         with contextlib.suppress(ValueError):  # an address that is none
             if urlsplit(address := urljoin(site.home + "/", address)).path.lower().endswith(SUFFIXES):
-                files[address] = md5
+                files[address] = f"md5-{md5.lower()}" if re.fullmatch("(?i)[0-9a-f]{32}", md5) else ""
     rating = site.ratings.get(field["rating"].lower(), "questionable")
     reason = "" if files else "no picture"
-    if faceless.intersection((field["tag_string"] or field["tags"]).lower().split()):
+    tags = set((field["tag_string"] or field["tags"]).lower().split())
+    if tags & FACELESS_TAGS or tags & MANGA_TAGS and not args.grey:
         reason = "tag"
-    if rating not in ratings:
+    if rating not in args.rating:
         reason = "rating"
-    names = dict(site=site.name, id=field["id"], page=site.home + site.page.format(field["id"]))
-    credit = dict(artist=printable(field["tag_string_artist"]), source=printable(field["source"]))
-    md5s = [f"md5-{md5.lower()}" for md5 in files.values() if re.fullmatch("(?i)[0-9a-f]{32}", md5)]
-    return names | credit | dict(rating=rating, reason=reason, files=files, md5s=md5s)
-
-
-def decode_entities(text: str) -> str:
-    """A site's &amp; and the like as characters, once, and none without its semicolon: addresses have &copy=1."""
-    return re.sub(r"&#?\w{1,30};", lambda entity: html.unescape(entity[0]), text)
+    credit = dict(artist=printable(field["tag_string_artist"]), source=printable(field["source"]), rating=rating)
+    page = site.home + site.page.format(field["id"])
+    return dict(site=site.name, id=field["id"], page=page, reason=reason, files=files) | credit
 
 
 def printable(text: object, length: int = 300) -> str:
@@ -244,80 +229,70 @@ def printable(text: object, length: int = 300) -> str:
 
 
 class Fetcher:
-    """Gets files by the rules of manners and safety, one at a time: from `hosts`, which are the source's own, and all
-    below them, and from `trusted`, which the user vouches for, with at least `delay` seconds between two starts.
+    """Gets one file at a time by the rules of manners and safety, with at least `delay` seconds between two starts.
+
+    `hosts` are the source's own, with all below them. `trusted` are those that the user vouches for.
     """
 
     def __init__(self, hosts: set[str], trusted: Iterable[str], delay: float, contact: str = "none given"):
         self.hosts, self.trusted, self.delay = hosts, {origin(urlsplit(home)) for home in trusted}, delay
         self.agent = f"{AGENT}/1.0 (faces for a small generative model; at most a request a second; contact: {contact})"
-        self.pace, self.next_start, self.bytes = delay, 0.0, 0
-        self.robots, self.delays, self.starts = {}, {}, {}  # of each host: rules, Crawl-delay, next start
+        self.pace, self.next_start = delay, 0.0  # seconds between two starts at the moment; time of the next
+        self.robots, self.crawl_delays = {}, {}  # of each host
 
     def fetch(self, address: str, is_picture: bool = True) -> bytes:
-        """The body at an address. Raises Unusable, and SourceError for what ends the crawl. robots.txt holds for
-        pictures, not for a documented API, made for programs with limits of its own, nor for the detector's one file.
-        """
+        """The body at an address. Raises Unusable, and SourceError for what ends the crawl."""
         for attempt in range(1, TRIES + 1):
             try:
                 return self.get(address, is_picture)
             except Unusable as error:
                 if not error.again or attempt == TRIES:
                     raise
-                self.back_off(attempt)
+                self.wait_at_least(self.delay * 2 ** (attempt - 1) * random.uniform(1, 2))
 
-    def back_off(self, attempt: int) -> None:
-        pause = self.delay * 2 ** (attempt - 1) * random.uniform(1, 2) if attempt else 0
-        self.next_start = max(self.next_start, time.monotonic() + pause)
+    def wait_at_least(self, seconds: float) -> None:
+        self.next_start = max(self.next_start, time.monotonic() + seconds)
 
-    def get(self, address: str, is_picture: bool, redirects: int = 0) -> bytes:
-        """One try: each address that it leads through has to pass all rules."""
-        parts, trusted, path = self.check(address, redirects == 0)
-        home = f"{parts.scheme}://{parts.netloc}"
-        if is_picture and (reason := refusal(self.read_robots(home), path)):
-            raise Unusable(reason, final=not reason.startswith(NO_ROBOTS))  # a fault of the file is soon over
-        time.sleep(max(0.0, max(self.next_start, self.starts.get(home, 0.0)) - time.monotonic()))
-        self.next_start = time.monotonic() + self.pace
-        self.starts[home] = time.monotonic() + self.delays.get(home, 0.0)
-        try:
-            with ask(parts, trusted, path, self.agent) as response:
-                if response.status not in (301, 302, 303, 307, 308):
-                    self.judge(response, parts.hostname, is_picture)
-                    body = b"".join(iter(functools.partial(response.read, 2**16), b""))  # what came, not what it claims
-                    self.bytes += len(body)
-                    if response.length or is_picture and not body:
-                        raise Unusable("broke off", again=True)
-                    return body
-        except (Unusable, SourceError):
-            raise
-        except http.client.IncompleteRead as error:
-            raise Unusable("broke off", again=True) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise Unusable(f"no answer ({type(error).__name__})", again=True) from error
-        except Exception as error:  # an answer's bytes can lead to anything
-            raise Unusable(f"no sense in the answer ({type(error).__name__})", again=True) from error
-        if redirects == REDIRECTS:
-            raise Unusable("too many redirects")
-        with contextlib.suppress(ValueError):  # then it is the same address again
-            address = urljoin(address, response.headers.get("Location", ""))
-        return self.get(address, is_picture, redirects + 1)
+    def get(self, address: str, is_picture: bool) -> bytes:
+        """One try. Each address that redirects lead through has to pass all rules."""
+        for redirects in range(REDIRECTS + 1):
+            parts, trusted, path = self.check(address, redirects == 0)
+            home = f"{parts.scheme}://{parts.netloc}"
+            # robots.txt holds for pictures, not for a documented API, which is made for programs.
+            if is_picture and (reason := refusal(self.read_robots(home), path)):
+                raise Unusable(reason, final=not reason.startswith(NO_ROBOTS))  # a fault of the file is soon over
+            time.sleep(max(0.0, self.next_start - time.monotonic()))
+            self.next_start = time.monotonic() + max(self.pace, self.crawl_delays.get(home, 0.0))
+            try:
+                with ask(parts, trusted, path, self.agent) as response:
+                    if response.status not in (301, 302, 303, 307, 308):
+                        self.judge(response, parts.hostname, is_picture)
+                        body = b"".join(iter(functools.partial(response.read, 2**16), b""))  # not what it claims
+                        if response.length or is_picture and not body:
+                            raise Unusable("broke off", again=True)
+                        return body
+            except (Unusable, SourceError):
+                raise
+            except Exception as error:  # a network and an answer's bytes can lead to anything
+                raise Unusable(f"no whole answer ({type(error).__name__})", again=True) from error
+            with contextlib.suppress(ValueError):  # then it is the same address again
+                address = urljoin(address, response.headers.get("Location", ""))
+        raise Unusable("too many redirects")
 
-    def check(self, address: str, is_posts: bool = True) -> tuple[SplitResult, bool, str]:
-        """An address's parts, whether the user vouches for its host, and its path. Others are the source's own hosts,
-        by https. A bad address that is the post's own costs no request, so that it is no fault of the source.
-        """
+    def check(self, address: str, is_own: bool) -> tuple[SplitResult, bool, str]:
+        """An address's parts, whether its host is trusted, its path. A post's own bad address is no passing fault."""
         try:
             parts = urlsplit(address)
             scheme, host, port = origin(parts)
             path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
             path.encode() + host.encode("idna")  # or it raises
         except ValueError as error:
-            raise Unusable("not an address", final=is_posts) from error
+            raise Unusable("not an address", final=is_own) from error
         trusted = (scheme, host, port) in self.trusted
         if not trusted and not (scheme == "https" and port == 443 and "@" not in parts.netloc):
-            raise Unusable("not an https address", final=is_posts)
+            raise Unusable("not an https address", final=is_own)
         if not trusted and not any(f".{host}".endswith(f".{own}") for own in self.hosts):
-            raise Unusable("on a foreign host", final=is_posts)
+            raise Unusable("on a foreign host", final=is_own)
         return parts, trusted, path
 
     def judge(self, response: http.client.HTTPResponse, host: str, is_picture: bool) -> None:
@@ -332,7 +307,7 @@ class Fetcher:
                 pause = float(wish) if wish.isdecimal() else parsedate_to_datetime(wish).timestamp() - time.time()
             if pause > PATIENCE:
                 raise SourceError(f"{host} asks for a long pause ({pause / 60:,.0f} minutes): go on later")
-            self.next_start = max(self.next_start, time.monotonic() + pause)
+            self.wait_at_least(pause)
         if status != 200:
             reason = f"HTTP {status}"
             if not is_picture:
@@ -362,10 +337,11 @@ class Fetcher:
                 is_absent = 400 <= error.status < 500 and not error.again
                 self.robots[home] = [] if is_absent else [("fault", f"{NO_ROBOTS}: {error}")]
             waits = [re.match(r"\d+(\.\d+)?", value) for name, value in self.robots[home] if name == "crawl-delay"]
-            self.delays[home] = max([float(wait[0]) for wait in waits if wait], default=0.0)
-            self.starts[home] = time.monotonic() + self.delays[home]
-            if self.delays[home] > PATIENCE:
-                raise SourceError(f"{home}/robots.txt asks for {self.delays[home]:,.0f} seconds between requests")
+            seconds = max([float(wait[0]) for wait in waits if wait], default=0.0)
+            if seconds > PATIENCE:
+                raise SourceError(f"{home}/robots.txt asks for {seconds:,.0f} seconds between requests")
+            self.crawl_delays[home] = seconds
+            self.wait_at_least(seconds)
         return self.robots[home]
 
 
@@ -376,10 +352,9 @@ def origin(parts: SplitResult) -> tuple[str, str, int]:
 
 @contextlib.contextmanager
 def ask(parts: SplitResult, trusted: bool, path: str, agent: str) -> Iterator[http.client.HTTPResponse]:
-    """One request, whose answer's body is still to be read. The connection is made to the very address that was
-    checked: looked up again, the name could lead elsewhere.
-    """
+    """One request, whose answer's body is still to be read."""
     scheme, host, port = origin(parts)
+    # The connection goes to the very address that is checked: looked up again, the name could lead elsewhere.
     found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not trusted and not all(map(is_public, found)):
         raise Unusable("on a private network")
@@ -436,25 +411,24 @@ def is_public(address: str) -> bool:
 
 def parse_robots(text: str) -> list[tuple[str, str]]:
     """The rules of a robots.txt for this program, or else for all programs: names and values (RFC 9309, 2.2)."""
-    groups, agents, in_rules, count = {}, set(), False, 0
+    groups, agents, in_rules, in_groups = {}, {"*"}, True, False  # before all groups, opt-outs alone count, for all
     for line in text.splitlines():
         name, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
         name = name.lower()
         if name == "user-agent":
-            agents, in_rules, count = set() if in_rules else agents, False, count + 1
+            agents = set() if in_rules else agents
+            in_rules, in_groups = False, True
             agents |= {re.match(r"[*\w-]*", value)[0].lower()} & {AGENT, "*"}
             groups |= {agent: groups.get(agent, []) for agent in agents}
-        elif name in ("content-signal", "content-usage") or name in ("allow", "disallow", "crawl-delay") and count:
+        elif name in ("content-signal", "content-usage") or in_groups and name in ("allow", "disallow", "crawl-delay"):
             in_rules = in_rules or name != "crawl-delay"
-            for agent in agents if count else ["*"]:  # an opt-out before all groups is for all
+            for agent in agents:
                 groups.setdefault(agent, []).append((name, value))
     return groups.get(AGENT, groups.get("*", []))
 
 
 def refusal(rules: list[tuple[str, str]], path: str) -> str:
-    """Why a robots.txt keeps a path back, or "". Of the rules that match, the longest holds; of equals the friendlier
-    (RFC 9309, 2.2.2), on training, by `[path] preferences`, the stricter (draft-ietf-aipref-attach, 3.1).
-    """
+    """Why a robots.txt keeps a path back, or "". Of the rules that match, the longest holds."""
     allowed, refused = [(0, True)], [(0, False)]
     for name, value in rules:
         pattern, preferences = re.fullmatch(r"([/*]\S*)?\s*(.*)", value).groups(default="")
@@ -464,6 +438,7 @@ def refusal(rules: list[tuple[str, str]], path: str) -> str:
             allowed.append((len(value), name == "allow"))
         if name.startswith("content-") and re.search(TRAINING + "[yn]", preferences) and matches(pattern, path):
             refused.append((len(pattern), bool(re.search(TRAINING + "n", preferences))))
+    # Of equals the friendlier holds (RFC 9309, 2.2.2), on training the stricter (draft-ietf-aipref-attach, 3.1).
     if not max(allowed)[1]:
         return "robots.txt"
     return "not for training (robots.txt)" if max(refused)[1] else ""
@@ -471,17 +446,8 @@ def refusal(rules: list[tuple[str, str]], path: str) -> str:
 
 def matches(pattern: str, path: str) -> bool:
     """Whether a path begins like a pattern, in which * stands for anything and a last $ for the path's end."""
-    first, *others = [unquote(piece) for piece in pattern.removesuffix("$").split("*")]
-    path, place = unquote(path), len(first)
-    if not path.startswith(first):
-        return False
-    for piece in others:
-        place = path.find(piece, place) + len(piece)
-        if place < len(piece):
-            return False
-    if not pattern.endswith("$") or place == len(path):
-        return True
-    return bool(others) and path.endswith(others[-1])
+    pieces = [glob.escape(unquote(piece)) for piece in pattern.removesuffix("$").split("*")]
+    return fnmatch.fnmatchcase(unquote(path), "*".join(pieces) + ("" if pattern.endswith("$") else "*"))
 
 
 # --------------------------------------------------------------------------- faces, in torch, and their crops
@@ -597,63 +563,46 @@ def merge(windows: Tensor, neighbours: int) -> list[tuple[int, int, int]]:
     return [a for a, votes in strong if not any(more > votes and inside(a, b) for b, more in strong)]
 
 
-def decode(picture: bytes | str) -> Image.Image:
-    """RGB, upright, on white, from a file's bytes or its path. Raises Unusable."""
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from here on, and refuses from twice as many
+def decode(source: Path | bytes) -> Image.Image:
+    """A picture as upright RGB on white, from its file or its bytes. Raises Unusable."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     try:
-        data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
-        scans, segments = count_scans(data)
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            check_jpeg(file)
+        return common.open_picture(source)
+    except OSError as error:
+        raise Unusable(f"can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Unusable(printable(error, 80), final=str(error) == "too large") from error
+
+
+def check_jpeg(file: BinaryIO) -> None:
+    """Raises Unusable for more scans or segments than any encoder writes: a decoder's time grows with both."""
+    data, scans, segments, place = file.read() if file.read(2) == b"\xff\xd8" else b"", 0, 0, 0
+    while (marker := MARKER.search(data, place)) and marker[0] != b"\xff\xd9":  # the end
+        scans, segments = scans + (marker[0] == b"\xff\xda"), segments + 1
         if scans > MAX_SCANS or segments > MAX_SEGMENTS:
             raise Unusable("more parts than any encoder writes", final=True)
-        with warnings.catch_warnings(record=True):  # which nobody reads
-            formats = ["JPEG", "PNG", "WEBP", "GIF"] if isinstance(picture, bytes) else list_formats()
-            image = Image.open(io.BytesIO(data), formats=formats)
-            image.load()  # before anything else, which might forgive a broken file
-            return common.to_rgb(image)
-    except Unusable:
-        raise
-    except Image.DecompressionBombError as error:
-        raise Unusable("more than 40 million pixels", final=True) from error
-    except Exception as error:  # decoders of broken files raise anything
-        raise Unusable("not a whole picture") from error
-
-
-def count_scans(data: bytes) -> tuple[int, int]:
-    """How often a JPEG goes over its pixels, and its segments; 0 of other files. A decoder's time grows with both."""
-    scans = segments = 0
-    place = 2 if data.startswith(b"\xff\xd8") else len(data)
-    while segments <= MAX_SEGMENTS and (marker := MARKER.search(data, place)) and marker[0] != b"\xff\xd9":  # the end
-        scans, segments = scans + (marker[0] == b"\xff\xda"), segments + 1
         place = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
-    return scans, segments
 
 
-@functools.cache
-def list_formats() -> list[str]:
-    """What of a user's own files is read: Pillow's readers that start no program, as far as they were built in."""
-    Image.init()
-    return [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN]
-
-
-def crop_faces(image: Image.Image, way: Way) -> list[tuple]:
-    """The faces of a picture, or its centre square without a cascade, as `cut` gives them."""
-    if way.detector == "none":
+def crop_faces(image: Image.Image, args: argparse.Namespace) -> list[tuple]:
+    """The faces of a picture, or its centre square without a detector, as `cut` gives them."""
+    if args.detector == "none":
         side = min(image.size)
         box = (image.width - side) // 2, (image.height - side) // 2, side
-        return [cut(image, box, 1)] if side >= way.min_face else []
+        return [cut(image, box, 1, args.grey)] if side >= args.min_face else []
     scale = min(1.0, 1000 / max(image.size))  # the detector was measured at 1000 pixels, on faces of 48 and more
     small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
-    smallest = max(48, round(way.min_face * scale))
-    found = find_faces(small, read_cascade(way.cascade), smallest, way.neighbours)
-    return [cut(image, tuple(round(value / scale) for value in box), way.margin) for box in sorted(found)]
+    smallest = max(48, round(args.min_face * scale))
+    found = find_faces(small, read_cascade(args.cascade), smallest, args.neighbours)
+    return [cut(image, tuple(round(value / scale) for value in box), args.margin, args.grey) for box in sorted(found)]
 
 
-def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> tuple[bytes, tuple, int, str]:
-    """A square around a face, a little higher; at the picture's edges it is moved, then shrunk, never padded. Returns
-    the JPEG, the box, its hash and "grey", "blurred" or "".
-    """
+def cut(image: Image.Image, box: tuple[int, int, int], margin: float, grey_too: bool) -> tuple[bytes, tuple, int, str]:
+    """A square around a face, a little higher: its JPEG, the box, its hash and "grey", "blurred" or ""."""
     left, top, face = box
-    side = min(round(margin * face), *image.size)
+    side = min(round(margin * face), *image.size)  # at the picture's edges it is moved, then shrunk, never padded
     raised = 0.1 * face if margin > 1 else 0
     left = min(max(round(left + face / 2 - side / 2), 0), image.width - side)
     top = min(max(round(top + face / 2 - raised - side / 2), 0), image.height - side)
@@ -664,7 +613,8 @@ def cut(image: Image.Image, box: tuple[int, int, int], margin: float) -> tuple[b
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
     # Either bound would drop none to 0.3 % of 3,000 faces of the usual data set.
     flaw = "blurred" if laplacian.clamp(-128, 127).var(correction=0) < 100 else ""
-    flaw = "grey" if (pixels.amax(2) - pixels.amin(2)).mean() < 8 else flaw
+    if not grey_too and (pixels.amax(2) - pixels.amin(2)).mean() < 8:
+        flaw = "grey"
     return jpeg.getvalue(), box, hash_crop(crop), flaw
 
 
@@ -685,115 +635,100 @@ class Folder:
     (worth a try in another crawl) or "forgotten".
     """
 
-    def __init__(self, path: str, way: Way):
-        self.path, self.table, self.way, self.rows = Path(path), Path(path, "metadata.csv"), way, {}
+    def __init__(self, path: str):
+        self.path, self.table, self.rows = Path(path), Path(path, "metadata.csv"), {}
         for leftover in (*self.path.glob(".*-*.jpg.*.tmp"), *self.path.glob(".metadata.csv.*.tmp")):
             leftover.unlink()  # of a crawl that was killed while it wrote
         for row in read_table(self.table):
-            known = self.rows.setdefault((row["site"], row["id"]), row)
-            if known["outcome"] != "forgotten":  # which no other row undoes
+            known = self.rows.get((row["site"], row["id"]))
+            if not known or known["outcome"] != "forgotten":  # which no later row undoes
                 self.rows[row["site"], row["id"]] = row
+        self.faces, self.hashes, self.forgotten = 0, [], set()  # crops; their hashes; forgotten pictures' MD5s
         for row in self.rows.values():
-            words = [word.rjust(17, "h") for word in row["hashes"].split() if re.fullmatch(HASH, word)]
-            if sum(word[0] == "h" for word in words) < len(row["crops"].split()):  # a spreadsheet has rounded them
-                words = [word for word in words if word[0] == "m"] + self.hash_files(row["crops"].split())
+            crops = row["crops"].split()
+            words = self.mend_hashes(row["hashes"], crops)
             row["hashes"] = " ".join(words)
-        words = [word for row in self.rows.values() for word in row["hashes"].split()]
-        self.hashes = [int(word[1:], 16) for word in words if word[0] == "h"]
-        self.faces = sum(len(row["crops"].split()) for row in self.rows.values())
-        forgotten = [row for row in self.rows.values() if row["outcome"] == "forgotten"]
-        self.forgotten_md5s = {word for row in forgotten for word in row["hashes"].split() if word[0] == "m"}
-        self.rewrite()
-        self.sweep()
+            self.faces += len(crops)
+            self.hashes += [int(word[1:], 16) for word in words if word[0] == "h"]
+            if row["outcome"] == "forgotten":
+                self.forgotten.update(word for word in words if word[0] == "m")
+        self.settle()
 
-    def rewrite(self) -> None:
+    def settle(self) -> int:
+        """Write the table anew and delete all crops of forgotten posts; returns how many."""
         with common.replacing(self.table) as temporary:
             self.write(temporary, [dict(zip(FIELDS, FIELDS)), *self.rows.values()])
-
-    def write(self, table: Path, rows: list[dict]) -> None:
-        cells = [{name: unformula(row.get(name, "")) for name in FIELDS} for row in rows]
-        with open(table, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, FIELDS, lineterminator="\n").writerows(cells)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def choose(self, posts: Iterable[dict]) -> Iterator[dict]:
-        """The posts that are to be looked at; a forgotten picture under another name is not to be fetched."""
-        for post in posts:
-            if not post["reason"] and self.forgotten_md5s.intersection(post["md5s"]):
-                post["reason"] = "forgotten"
-            if self.wants(post):
-                yield post
-
-    def wants(self, post: dict) -> bool:
-        """Whether a post is new, or was left for a reason that may hold no more."""
-        row = self.rows.get((post["site"], post["id"]))
-        if not row or row["outcome"] == "failed" or row["reason"] in RECHECKED:
-            return True
-        if row["reason"] in OWN_REASONS:
-            return row["reason"] != post["reason"]
-        return row["outcome"] == "none" and not post["reason"] and self.way.may_find_more(row["reason"], row["options"])
-
-    def add(self, row: dict, crops: list[tuple]) -> list[str]:
-        """Save a post's crops, then its row. Returns why it, or some of its crops, was dropped."""
-        kept, dropped = [], []
-        for jpeg, box, hash, flaw in crops:
-            if flaw == "grey" and self.way.colours == "grey":
-                flaw = ""
-            if flaw or any((hash ^ known).bit_count() <= 4 for known in self.hashes):
-                dropped.append(flaw or "near-duplicate")
-                continue
-            name = f"{row['site']}-{row['id']}-{len(kept)}.jpg"
-            with common.replacing(self.path / name) as temporary:
-                temporary.write_bytes(jpeg)
-            kept.append((name, "_".join(map(str, box)), f"h{hash:016x}"))
-            self.hashes.append(hash)
-        row |= dict(zip(("crops", "boxes", "hashes"), map(" ".join, zip(*kept))))
-        row["hashes"] = " ".join([*row["md5s"], *row.get("hashes", "").split()])
-        if row["outcome"] == "faces" and not kept:
-            row |= dict(outcome="none", reason=", ".join(dict.fromkeys(dropped)) or "no face")
-        self.rows[row["site"], row["id"]] = row
-        self.faces += len(kept)
-        self.write(self.table, [row])
-        return dropped or [row["reason"]] * bool(row["reason"])
-
-    def forget(self, names: list[tuple[str, str]]) -> int:
-        """Mark posts as never to be fetched, then delete their crops; returns how many. Their hashes stay, so that the
-        same pictures under other names are known.
-        """
-        files = {(site, id): sorted(path.name for path in self.path.glob(f"{site}-{id}-*.jpg")) for site, id in names}
-        unknown = [f"{site}-{id}" for site, id in files if not files[site, id] and (site, id) not in self.rows]
-        if unknown:
-            raise common.UserError(f"neither {self.table} nor a crop there has a post {', '.join(unknown)}")
-        for site, id in files:
-            words = self.rows.get((site, id), {}).get("hashes", "").split()
-            if not any(word[0] == "h" for word in words):
-                words += self.hash_files(files[site, id])
-            self.rows[site, id] = dict(site=site, id=id, outcome="forgotten", hashes=" ".join(words))
-        self.rewrite()
-        return self.sweep()
-
-    def sweep(self) -> int:
-        """Delete all crops of forgotten posts; returns how many."""
         forgotten = {f"{site}-{id}" for (site, id), row in self.rows.items() if row["outcome"] == "forgotten"}
         crops = [path for path in self.path.glob("*-*-*.jpg") if path.name.rpartition("-")[0] in forgotten]
         for path in crops:
             path.unlink()
         return len(crops)
 
-    def hash_files(self, names: list[str]) -> list[str]:
-        """The hashes of crops, as the table has them, as far as the files are there."""
-        words = []
-        for name in names:
-            with contextlib.suppress(OSError), Image.open(self.path / name, formats=["JPEG"]) as crop:
-                words.append(f"h{hash_crop(crop):016x}")
+    def write(self, table: Path, rows: list[dict]) -> None:
+        cells = [{name: re.sub(FORMULA, r"'\1", row.get(name, "")) for name in FIELDS} for row in rows]
+        with open(table, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, FIELDS, lineterminator="\n").writerows(cells)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def choose(self, posts: Iterable[dict], args: argparse.Namespace) -> Iterator[dict]:
+        """The posts that are new, or were left for a reason that may hold no more."""
+        for post in posts:
+            if not post["reason"] and self.forgotten.intersection(post["files"].values()):
+                post["reason"] = "forgotten"  # the same picture under another name
+            row = self.rows.get((post["site"], post["id"]))
+            if not row or row["outcome"] == "failed" or row["reason"] in RECHECKED:
+                yield post
+            elif row["reason"] in OWN_REASONS and row["reason"] != post["reason"]:
+                yield post
+            elif row["outcome"] == "none" and not post["reason"] and may_find_more(args, row["reason"], row["options"]):
+                yield post
+
+    def add(self, row: dict, crops: list[tuple]) -> list[str]:
+        """Save a post's crops, then its row. Returns why it, or some of its crops, was dropped."""
+        names, boxes, dropped, hashes = [], [], [], [md5 for md5 in row["files"].values() if md5]
+        for jpeg, box, hash, flaw in crops:
+            if flaw or any((hash ^ known).bit_count() <= 4 for known in self.hashes):
+                dropped.append(flaw or "near-duplicate")
+                continue
+            names.append(f"{row['site']}-{row['id']}-{len(names)}.jpg")
+            with common.replacing(self.path / names[-1]) as temporary:
+                temporary.write_bytes(jpeg)
+            boxes.append("_".join(map(str, box)))
+            hashes.append(f"h{hash:016x}")
+            self.hashes.append(hash)
+        row |= dict(crops=" ".join(names), boxes=" ".join(boxes), hashes=" ".join(hashes))
+        if row["outcome"] == "faces" and not names:
+            row |= dict(outcome="none", reason=", ".join(dict.fromkeys(dropped)) or "no face")
+        self.rows[row["site"], row["id"]] = row
+        self.faces += len(names)
+        self.write(self.table, [row])
+        return dropped or [row["reason"]] * bool(row["reason"])
+
+    def forget(self, posts: list[tuple[str, str]]) -> int:
+        """Mark posts as never to be fetched, then delete their crops; returns how many. Their hashes stay known."""
+        files = {(site, id): sorted(path.name for path in self.path.glob(f"{site}-{id}-*.jpg")) for site, id in posts}
+        unknown = ["-".join(post) for post in posts if not files[post] and post not in self.rows]
+        if unknown:
+            raise common.UserError(f"neither {self.table} nor a crop there has a post {', '.join(unknown)}")
+        for site, id in posts:
+            hashes = self.mend_hashes(self.rows.get((site, id), {}).get("hashes", ""), files[site, id])
+            self.rows[site, id] = dict(site=site, id=id, outcome="forgotten", hashes=" ".join(hashes))
+        return self.settle()
+
+    def mend_hashes(self, hashes: str, crops: list[str]) -> list[str]:
+        """A row's hashes. Those of its crops are made anew from the files if a spreadsheet has rounded them."""
+        words = [word.rjust(17, "h") for word in hashes.split() if re.fullmatch(HASH, word)]
+        if sum(word[0] == "h" for word in words) < len(crops):
+            words = [word for word in words if word[0] == "m"]
+            for name in crops:
+                with contextlib.suppress(OSError), Image.open(self.path / name, formats=["JPEG"]) as crop:
+                    words.append(f"h{hash_crop(crop):016x}")
         return words
 
 
 def read_table(path: Path) -> list[dict]:
-    """The rows of a metadata.csv, also as editors and spreadsheets save it; a last row that a kill or a full disk tore
-    is left out. Raises UserError.
-    """
+    """The rows of a metadata.csv, also as editors and spreadsheets save it. Raises UserError."""
     text = read_text(path) if path.exists() else ""
     header = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=next((c for c in ";\t" if c in header), ","))
@@ -801,8 +736,8 @@ def read_table(path: Path) -> list[dict]:
         rows = [row for row in reader if any(row.values())]
         if text and set(reader.fieldnames) | {"options"} != set(FIELDS):
             raise ValueError("other columns")
-        if rows and not text.endswith("\n") and not is_whole(rows[-1]):
-            del rows[-1]
+        if rows and not text.endswith("\n") and None in rows[-1].values():
+            del rows[-1]  # a kill or a full disk tore it
         if any(None in row or None in row.values() for row in rows):
             raise ValueError("a row of other columns")
     except (csv.Error, ValueError) as error:
@@ -810,44 +745,13 @@ def read_table(path: Path) -> list[dict]:
     return [{"options": ""} | row for row in rows]
 
 
-def is_whole(row: dict) -> bool:
-    """Whether a row without a line's end has all its cells, the last of which holds a hash for each crop."""
-    if None in row.values():
-        return False
-    words = row["hashes"].split()
-    crops = [word for word in words if word[0] != "m"]
-    return all(re.fullmatch(HASH, word) for word in words) and len(crops) >= len(row["crops"].split())
-
-
 def read_text(path: Path) -> str:
-    """A text file as editors write it: in UTF-8 or UTF-16 with or without a mark, or with lines in Latin-1."""
+    """A text file as editors write it: UTF-8 or UTF-16, with or without a mark. Other bytes count as Latin-1."""
     data = path.read_bytes()
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", "replace")
-    lines = []
-    for line in data.removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True):
-        try:
-            lines.append(line.decode())
-        except UnicodeDecodeError:
-            lines.append(line.decode("latin-1"))
-    return "".join(lines)
-
-
-def unformula(cell: str) -> str:
-    """A cell that no spreadsheet runs."""
-    return f"'{cell}" if cell.startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20")) else cell
-
-
-def locked(folder: Path) -> contextlib.closing:
-    """Keep other crawls out of a folder: SQLite locks files on every system, and a killed process lets go of them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = sqlite3.connect(folder / ".lock", timeout=0)
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:
-        why = f"another crawl writes to {folder}, or nobody can ({error})"
-        raise common.UserError(f"{why}: wait, or choose another --to") from error
-    return contextlib.closing(lock)
+    text = data.decode("utf-8-sig", "surrogateescape")  # another byte is now that byte + U+DC00
+    return re.sub("[\udc80-\udcff]", lambda other: chr(ord(other[0]) - 0xDC00), text)
 
 
 # ---------------------------------------------------------------------------------------------------- a crawl
@@ -855,58 +759,52 @@ def locked(folder: Path) -> contextlib.closing:
 
 def crawl(args: argparse.Namespace) -> None:
     """From the options to a folder of crops."""
-    with locked(Path(args.to)):
-        colours = "grey" if args.grey else "colour"
-        way = Way(args.detector, args.min_face, args.margin, args.neighbours, colours)
-        folder = Folder(args.to, way)
+    with common.locked(Path(args.to)):
+        folder = Folder(args.to)
         if args.forget:
             deleted, names = folder.forget(args.forget), ", ".join(map("-".join, args.forget))
-            say(f"crops deleted: {deleted}; never to be fetched: {names}")
+            common.show_line(f"{AGENT}: crops deleted: {deleted}; never to be fetched: {names}")
             return
         fetcher, posts = find_posts(args)
         if args.detector == "lbp":
-            way = way._replace(cascade=find_cascade(args.cascade))
-        say(f"{args.to} has {folder.faces:,} faces of {len(folder.rows):,} posts")
-        # Pictures are fetched one at a time, so that a killed crawl has fetched at most one in vain.
-        workers = 0 if fetcher else len(posts) // 8
-        results = common.map_in_processes(crop_post, folder.choose(posts), workers, fetcher, way)
-        end = collect(results, folder, args.limit, 0 if args.limit else len(posts), fetcher)
-        say(f"reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
+            args.cascade = find_cascade(args.cascade)
+        common.show_line(f"{AGENT}: {args.to} has {folder.faces:,} faces of {len(folder.rows):,} posts")
+        if fetcher:  # pictures are fetched one at a time, so that a killed crawl has fetched at most one in vain
+            results = (crop_post(post, fetcher, args) for post in folder.choose(posts, args))
+        else:
+            chosen = list(folder.choose(posts, args))
+            results = common.map_in_workers(functools.partial(crop_files, args=args), chosen, len(chosen) // 32)
+        end = collect(results, folder, args.limit, 0 if args.limit else len(posts))
+        common.show_line(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
         name = "anime" if args.to == "data/anime" else shlex.quote(args.to)
         reasons = collections.Counter(row["reason"] or row["outcome"] for row in folder.rows.values())
         why = f"most often for this reason: {max(reasons, key=reasons.get)}" if reasons else "no post was found"
-        say(f"next: python dcgan.py --dataset {name}" if folder.faces else f"no face yet, {why}")
-
-
-def say(text: str) -> None:
-    """Print a line; a name that the terminal has no letters for is escaped."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(f"{AGENT}: {text}".encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        hint = f"next: python dcgan.py --dataset {name}" if folder.faces else f"no face yet, {why}"
+        common.show_line(f"{AGENT}: {hint}")
 
 
 def find_posts(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[dict]]:
     """Who fetches the pictures, unless they are on this disk, and all posts that the options ask for."""
     if args.from_dir:
-        paths = list_pictures(Path(args.from_dir).resolve(), os.path.realpath(args.to))
-        if not paths:
+        folder, crops = Path(args.from_dir).resolve(), Path(args.to).resolve()
+        paths = [folder / name for name in common.list_files(folder)[0]]
+        posts = [name_post("file", str(path), path.as_uri()) for path in paths if not path.is_relative_to(crops)]
+        if not posts:
             raise common.UserError(f"--from-dir {args.from_dir} holds no picture")
-        return None, [name_post("file", path, Path(path).as_uri()) for path in paths]
-    hosts, trusted = args.file_hosts, args.vouched
+        return None, posts
+    hosts = args.file_hosts
     if args.urls:
         lines = [line.strip() for line in read_text(Path(args.urls)).splitlines()]
         hosts = hosts | {host for line in lines for host in re.findall("^https://([^/:?#]+)", line.lower())}
         posts = [name_post("url", line, printable(line, 2000)) for line in lines if line and line[0] != "#"]
-        return Fetcher(hosts, trusted, args.delay, args.contact), posts
+        return Fetcher(hosts, args.vouched, args.delay, args.contact), posts
     site = SITES[args.site]
     if args.base_url:
         name = re.sub(r"[^a-z0-9.]", "_", urlsplit(args.base_url).hostname)  # --forget parts site and id at the hyphen
         site = site._replace(name=name, home=args.base_url)
-    hosts = hosts | find_domain(urlsplit(site.home).hostname)  # Danbooru's files are on cdn.donmai.us
-    tags = site.tags if args.tags is None else args.tags
-    tags = f"{tags} {site.general if args.rating == ['general'] else ''}".strip()
-    faceless = FACELESS_TAGS - MANGA_TAGS if args.grey else FACELESS_TAGS
-    fetcher = Fetcher(hosts, trusted, args.delay, args.contact)
-    return fetcher, site_posts(fetcher, site, tags, args.rating, faceless)
+    hosts = hosts | find_domain(urlsplit(site.home).hostname)
+    fetcher = Fetcher(hosts, args.vouched, args.delay, args.contact)
+    return fetcher, site_posts(fetcher, site, args)
 
 
 def find_domain(host: str) -> set[str]:
@@ -918,48 +816,27 @@ def find_domain(host: str) -> set[str]:
     return {".".join(labels[-3 if is_national else -2 :])}
 
 
-def list_pictures(folder: Path, without: str) -> list[str]:
-    """The paths of all files below a folder that are pictures by content or by name, sorted; but those below `without`
-    and hidden ones. Links are followed, but not in circles.
-    """
-
-    def fail(error: OSError):
-        raise error
-
-    found, seen = [], {without}
-    for directory, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        place = os.path.realpath(directory)
-        if place in seen:
-            folders.clear()
-            continue
-        seen.add(place)
-        folders[:] = [name for name in sorted(folders) if name[0] != "."]
-        found += [path for name in names if name[0] != "." and is_picture(path := os.path.join(directory, name))]
-    return sorted(found)
-
-
-def is_picture(path: str) -> bool:
-    with contextlib.suppress(Exception):  # whatever its bytes lead to
-        if os.path.isfile(path) and not path.lower().endswith(SUFFIXES):
-            Image.open(path, formats=list_formats()).close()
-        return os.path.isfile(path)
-    return False
-
-
 def name_post(site: str, address: str, page: str) -> dict:
     """A post that no site names: its id is a digest of its address, and no number (12e34567...) to a spreadsheet."""
     digest = hashlib.sha256(os.fsencode(address)).hexdigest()
     id = next(part for part in (digest[i : i + 16] for i in range(48)) if re.search("[abcdf]", part))
-    return dict(site=site, id=id, page=page, reason="", files={address: ""}, md5s=[])
+    return dict(site=site, id=id, page=page, reason="", files={address: ""})
 
 
-def crop_post(post: dict, fetcher: Fetcher | None, way: Way) -> tuple[dict, list[tuple]]:
+def crop_files(posts: list[dict], args: argparse.Namespace) -> list[tuple[dict, list[tuple]]]:
+    """The rows and crops of files on this disk; nothing of a file that is no picture by content nor by name."""
+    results = [crop_post(post, None, args) for post in posts]
+    other = ("no image", "empty")
+    return [
+        (row, crops) for row, crops in results if row["reason"] not in other or row["page"].lower().endswith(SUFFIXES)
+    ]
+
+
+def crop_post(post: dict, fetcher: Fetcher | None, args: argparse.Namespace) -> tuple[dict, list[tuple]]:
     """A post's row as far as it is known, and its crops."""
     try:
-        if not fetcher:
-            torch.set_num_threads(1)  # more would be no faster, and there is a process on every core
-        picture = fetch_picture(post, fetcher) if fetcher else next(iter(post["files"]))
-        return post | dict(outcome="faces", options=str(way)), crop_faces(decode(picture), way)
+        picture = fetch_picture(post, fetcher) if fetcher else Path(*post["files"])
+        return post | dict(outcome="faces", options=describe(args)), crop_faces(decode(picture), args)
     except Unusable as error:
         return post | dict(outcome="skipped" if error.final else "failed", reason=str(error)), []
     except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:  # a picture's sizes can lead to anything
@@ -979,62 +856,61 @@ def fetch_picture(post: dict, fetcher: Fetcher) -> bytes:
         else:
             if b"DMI-PROHIBITED" in body:  # IPTC's and PLUS's property for data mining
                 raise Unusable("not for training (metadata)", final=True)
-            if len(md5) == 32 and hashlib.md5(body, usedforsecurity=False).hexdigest() != md5.lower():
+            if md5 and md5 != "md5-" + hashlib.md5(body, usedforsecurity=False).hexdigest():
                 raise Unusable("damaged: another MD5")
             return body
     raise missing
 
 
-def collect(results: Iterator, folder: Folder, limit: int | None, total: int, fetcher: Fetcher | None) -> str:
-    """Save results up to the limit of faces, with a line of progress; returns what ended it. Raises SourceError when
-    too many pictures in a row, or nearly all, did not come; old failures do not end a crawl before its new posts.
-    """
-    before, new, came, counts, summary = folder.faces, 0, 0, collections.Counter(), "nothing new"
-    lost, in_a_row = collections.Counter(), collections.Counter()
+def collect(results: Iterator, folder: Folder, limit: int | None, total: int) -> str:
+    """Save results up to the limit of faces, with a line of progress. Returns what ended it. Raises SourceError."""
+    before, new, counts, summary = folder.faces, 0, collections.Counter(), "nothing new"
+    most = POSTS_PER_FACE * limit if limit else None
+    results = watch(itertools.islice(results, most), folder)
     progress = common.Progress(max(0, limit - before) if limit else total, "faces" if limit else "pictures")
-    end = "the limit"
     try:
         while not limit or folder.faces < limit:
-            if limit and new >= POSTS_PER_FACE * limit:
-                end = f"{POSTS_PER_FACE} posts for each face asked for"
-                break
             if not (result := next(results, None)):
-                end = "the end of the source"
-                break
-            post, new = result[0], new + 1
-            is_first = (post["site"], post["id"]) not in folder.rows
+                return f"{POSTS_PER_FACE} posts for each face asked for" if new == most else "the end of the source"
+            new += 1
             counts.update(folder.add(*result))
-            faces, skipped = folder.faces - before, [f"{count:,} {why}" for why, count in counts.most_common()]
-            summary = f"{faces:,} faces of {new:,} posts" + (f", {fetcher.bytes / 1e6:.1f} MB" if fetcher else "")
-            summary += f"; skipped: {', '.join(skipped)}" if skipped else ""
+            faces = folder.faces - before
+            summary = f"{faces:,} faces of {new:,} posts"
+            if counts:
+                summary += "; skipped: " + ", ".join(f"{count:,} {why}" for why, count in counts.most_common())
             progress.update(faces if limit else new, f"({summary})")
-            if not fetcher or post["reason"] in OWN_REASONS:
-                continue
-            if post["outcome"] in ("faces", "none"):
-                came += 1
-                in_a_row.clear()
-                continue
-            in_a_row[post["outcome"]] += is_first
-            lost[post["reason"]] += is_first or post["outcome"] == "failed" or not folder.faces
-            if in_a_row["failed"] == FAILURES or in_a_row["skipped"] == REFUSALS:
-                count = in_a_row[post["outcome"]]
-                raise SourceError(f"{count} pictures did not come, and none between them did ({post['reason']})")
-        if end != "the limit" and lost.total() > 9 * came and (lost.total() > 2 or not folder.faces):
-            why, count = lost.most_common(1)[0]
-            raise SourceError(f"{lost.total()} of {lost.total() + came} pictures did not come ({count} times: {why})")
-        return end
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
+        return "the limit"
     finally:
-        results.close()
-        progress.close(f"{AGENT}: {summary}")
+        common.show_line(f"{AGENT}: {summary}")
+
+
+def watch(results: Iterator, folder: Folder) -> Iterator:
+    """The results. Raises SourceError when too many pictures in a row, or nearly all, did not come."""
+    came, lost, in_a_row = 0, collections.Counter(), collections.Counter()
+    for row, crops in results:
+        is_new = (row["site"], row["id"]) not in folder.rows
+        yield row, crops
+        if row["site"] == "file" or row["reason"] in OWN_REASONS:
+            continue
+        if row["outcome"] in ("faces", "none"):
+            came += 1  # also without a face
+            in_a_row.clear()
+            continue
+        in_a_row[row["outcome"]] += is_new  # old failures don't end a crawl before its new posts
+        lost[row["reason"]] += is_new or row["outcome"] == "failed" or not folder.faces
+        if in_a_row["failed"] == FAILURES or in_a_row["skipped"] == REFUSALS:
+            count = in_a_row[row["outcome"]]
+            raise SourceError(f"{count} pictures did not come, and none between them did ({row['reason']})")
+    if lost.total() > 9 * came and (lost.total() > 2 or not folder.faces):
+        why, count = lost.most_common(1)[0]
+        raise SourceError(f"{lost.total()} of {lost.total() + came} pictures did not come ({count} times: {why})")
 
 
 def find_cascade(path: str | None) -> str:
     """The detector's file: the given one, or the author's own, downloaded once and checked."""
     file = Path(path or CASCADE_FILE)
     if not path and not file.exists():
-        say(f"downloading the face detector (MIT licence, nagadomi) to {file}")
+        common.show_line(f"{AGENT}: downloading the face detector (MIT licence, nagadomi) to {file}")
         try:
             data = Fetcher({urlsplit(CASCADE_URL).hostname}, [], 1.0).fetch(CASCADE_URL, is_picture=False)
         except Unusable as error:
@@ -1051,12 +927,14 @@ def find_cascade(path: str | None) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(f"{AGENT}.py", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     add, number = parser.add_argument, common.number
-    add("--site", choices=list(SITES), help="whose posts to look through (safebooru)")
+    source = parser.add_mutually_exclusive_group().add_argument
+    source("--site", choices=list(SITES), default="safebooru", help="whose posts to look through (safebooru)")
+    source("--urls", metavar="FILE", help="a list of picture addresses, one a line, instead of a site")
+    source("--from-dir", metavar="DIR", help="a folder of pictures instead of a site")
     add("--tags", help="the site's search (1girl solo; all for yandere and konachan)")
-    add("--urls", metavar="FILE", help="a list of picture addresses, one a line, instead of a site")
-    add("--from-dir", metavar="DIR", help="a folder of pictures instead of a site")
-    add("--base-url", metavar="URL", help="another host that speaks the site's API, as http(s)://HOST:PORT")
-    add("--file-host", nargs="+", default=[], metavar="HOST", help="of its files: HOST or http(s)://HOST:PORT")
+    add("--base-url", type=read_home, metavar="URL", help="a mirror of the site's API, as http(s)://HOST:PORT")
+    hosts = "of its files, as HOST or http(s)://HOST:PORT"
+    add("--file-host", type=read_host, nargs="+", default=[], metavar="HOST", help=hosts)
     add("--to", metavar="DIR", default="data/anime", help="folder of the crops (data/anime)")
     add("--limit", type=number(int, 1), metavar="N", help="faces in the folder at the end (2000 from a site)")
     ratings = f"what to take of {', '.join(RATINGS)} (general)"
@@ -1073,17 +951,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     name = r"(?:([a-z0-9._]+)-)?([0-9a-f]{1,16})(?:-\d+\.jpg)?"
     names = [re.fullmatch(name, Path(text).name) for text in args.forget]
-    args.file_hosts = {host.lower() for host in args.file_host if "/" not in host}
-    vouched = [read_home(host) for host in (args.base_url or "", *args.file_host) if "/" in host]
+    args.file_hosts = {host for host in args.file_host if "/" not in host}
+    args.vouched = [host for host in (args.base_url or "", *args.file_host) if "/" in host]
     here = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-    is_here = vouched and not args.file_hosts and all(re.fullmatch(here, home or "") for home in vouched)
-    args.is_site = not (args.urls or args.from_dir)
+    is_here = args.vouched and not args.file_hosts and all(re.fullmatch(here, home) for home in args.vouched)
+    is_site = not (args.urls or args.from_dir)
     for mistake, message in (
-        (sum(map(bool, (args.site, args.urls, args.from_dir))) > 1, "--site, --urls and --from-dir exclude each other"),
-        (args.tags is not None and not args.is_site, "--tags goes with --site alone"),
+        (args.tags is not None and not is_site, "--tags goes with --site alone"),
         ((args.base_url or args.file_host) and args.from_dir, "--base-url and --file-host go with --site and --urls"),
-        (args.base_url and not read_home(args.base_url), "--base-url is http://HOST:PORT or https://HOST"),
-        (not all([*vouched, *map(find_domain, args.file_hosts)]), "--file-host is HOST or http(s)://HOST:PORT"),
         (args.from_dir and not Path(args.from_dir).is_dir(), f"--from-dir {args.from_dir}: no such folder"),
         (re.search(OWN_WORDS, args.tags or ""), "--tags: order:, sort: and id: are the crawl's own"),
         (args.delay < 1 and not is_here, "--delay: less than a second is for a --base-url on this machine"),
@@ -1092,21 +967,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ):
         if mistake:
             parser.error(message)
-    args.script, args.vouched, args.site = AGENT, vouched, args.site or "safebooru"
-    args.base_url = read_home(args.base_url or "")
-    args.limit = args.limit or (2000 if args.is_site else None)
+    args.limit = args.limit or (2000 if is_site else None)
     args.forget = [(name[1] or args.site, name[2]) for name in names]
     return args
 
 
-def read_home(text: str) -> str | None:
-    """http://HOST:PORT or https://HOST without anything behind it; None of any other text."""
+def read_home(text: str) -> str:
+    """An argparse type: http://HOST:PORT or https://HOST, without anything behind it."""
     match = re.fullmatch(r"(https?://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?)/?", text.lower())
-    return match[1] if match and int(match[2] or 0) < 2**16 else None
+    if not match or int(match[2] or 0) >= 2**16:
+        raise argparse.ArgumentTypeError(f"must be http://HOST:PORT or https://HOST, not {text!r}")
+    return match[1]
+
+
+def read_host(text: str) -> str:
+    """An argparse type: the name of a host, or its home."""
+    return read_home(text) if "/" in text or not find_domain(text) else text.lower()
 
 
 def main(argv: list[str] | None = None) -> None:
-    common.run_command(crawl, parse_args(argv))
+    with common.reporting_errors(f"{AGENT}.py"):
+        try:
+            crawl(parse_args(argv))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
 
 
 if __name__ == "__main__":

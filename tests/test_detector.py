@@ -177,7 +177,7 @@ def test_real_faces_as_opencv_finds_them(name):
     data = Path(os.environ.get("DATA_DIR") or "nowhere")
     if not (data / "illustrations" / name).exists():
         pytest.skip("DATA_DIR names no folder with illustrations")
-    image = crawl_anime.decode(str(data / "illustrations" / name))
+    image = crawl_anime.decode(data / "illustrations" / name)
     found = crawl_anime.find_faces(image, crawl_anime.read_cascade(str(data / "lbpcascade_animeface.xml")), 48, 5)
     assert len(found) == len(OPENCV[name])
     assert all(max(overlap(face, other) for other in found) > 0.8 for face in OPENCV[name])
