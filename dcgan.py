@@ -56,7 +56,8 @@ PRESETS = {
         folder=dict(epochs=50, lr=2e-4, image_size=64, features=64, augment="flip", seed=999),
     ),
     "banerjee": dict(
-        epochs=100, batch_size=128, lr=2e-4, beta1=0.5, latent_size=100, image_size=28, augment="none", ema=0.0,
+        epochs=100, batch_size=128, lr=2e-4, beta1=0.5,
+        latent_size=100, image_size=28, features=32, augment="none", ema=0.0,
     ),
 }  # fmt: skip
 
