@@ -66,10 +66,14 @@ def assert_whole(folder: Path) -> None:
         assert len((folder / "log.csv").read_text().splitlines()) <= common.load_checkpoint(folder)["epoch"] + 1
 
 
-@pytest.mark.parametrize("name", [ONE_OF_EACH[0], *(pytest.param(n, marks=pytest.mark.full) for n in ONE_OF_EACH[1:])])
-@pytest.mark.parametrize(("owner", "function"), [(os, "replace"), (common.Run, "log")])
+FULL = pytest.mark.full
+MOMENTS = [pytest.param(name, os, "replace", marks=[FULL] if name != "gan-guo" else []) for name in ONE_OF_EACH]
+MOMENTS += [pytest.param(name, common.Run, "log", marks=FULL) for name in ONE_OF_EACH]
+
+
+@pytest.mark.parametrize(("name", "owner", "function"), MOMENTS)
 def test_interrupted_at_any_file_or_step_it_goes_on_as_if_nothing_were(
-    owner, function, name, trainings, tmp_path, monkeypatch, capfd
+    name, owner, function, trainings, tmp_path, monkeypatch, capfd
 ):
     """Ctrl-C at the first call of a function, the second and so on: whole files, 130, one line, then the same run."""
     monkeypatch.setattr(common, "SAVE_SECONDS", -1)  # save after every epoch
@@ -123,7 +127,7 @@ def test_divergence_keeps_the_last_finite_checkpoint(name, trainings, tmp_path, 
         assert all(tensor.isfinite().all() for tensor in network.values())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["gan", *(pytest.param(script, marks=FULL) for script in SCRIPTS[1:])])
 def test_batches_of_any_size_work_or_are_refused_with_the_size_to_give(script, tmp_path, monkeypatch, refusal):
     """1, 2, just under and all of the data train; more than all, or one where batch norm is, do not."""
     monkeypatch.chdir(tmp_path)

@@ -254,9 +254,10 @@ def test_drawing_pictures_leaves_the_batch_statistics_alone():
 def test_batch_statistics_are_those_of_the_generators_own_batches():
     """After many steps at a rate near 0 the running mean and variance are those of a large batch, also in bfloat16."""
     args, networks, _, step = trained(autocast=BF16, lr=1e-12, features=8)
-    for _ in range(60):
-        step(noise(24, args))
     layers = networks["generator"]
+    layers[2].momentum = None  # the mean of all batches: fewer are enough
+    for _ in range(8):
+        step(noise(32, args))
     inputs = layers[1](layers[0](torch.randn(500, 100)))  # what the first batch norm sees
     torch.testing.assert_close(layers[2].running_mean, inputs.mean((0, 2, 3)), atol=0.02, rtol=0)
     torch.testing.assert_close(layers[2].running_var, inputs.var((0, 2, 3)), rtol=0.2, atol=0)
