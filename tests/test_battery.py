@@ -41,6 +41,7 @@ def test_stopped_and_resumed_is_the_unbroken_run(name, trainings, tmp_path):
 @pytest.mark.parametrize("name", ["gan-guo", "dcgan-guo", "vae-guo", "cvaegan-guo"])
 def test_another_seed_is_another_run_and_another_sample(name, trainings, tmp_path):
     run = Path(shutil.copytree(trainings.finished(name), tmp_path / "run"))
+    (run / "progress.png").unlink()
     trainings.main(name, "--out-dir", run, "--resume")  # nothing left to train: the last pictures are made again
     checkpoint = common.load_checkpoint(run)
     torch.save(checkpoint, run / "checkpoint.pt")  # saving what was loaded is the identity
