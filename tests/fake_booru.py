@@ -35,17 +35,22 @@ class FakeBooru(ThreadingHTTPServer):
     daemon_threads = True
     clock = staticmethod(time.monotonic)
 
-    def __init__(self, count: int = 3, page: int = 100):
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.page, self.log, self.faults, self.always = page, [], defaultdict(list), {}
-        self.files: dict[str, bytes] = {}
+        self.log, self.faults, self.always = [], defaultdict(list), {}
         self.robots: str | None = None
         self.searches: list[str] = []
-        self.posts: list[dict] = []
-        for number in range(1, count + 1):
-            self.add(number, encode(draw(number)))
+        self.stock(3)
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stock(self, count: int, page: int = 100) -> None:
+        """Let the site have these posts alone, so many on a page."""
+        self.posts: list[dict] = []
+        self.files: dict[str, bytes] = {}
+        self.page = page
+        for number in range(1, count + 1):
+            self.add(number, encode(draw(number)))
 
     def add(self, number: int, body: bytes, name: str | None = None, **fields) -> str:
         """One more post; returns its picture's path."""
@@ -115,24 +120,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def danbooru(self, post: dict) -> dict:
         raw = dict(id=post["id"], rating=post.get("rating", "g"), tag_string=post.get("tags", "1girl solo"))
-        raw |= dict(tag_string_artist=post.get("artist", ""), source=post.get("source", ""), has_large=False)
-        if not post.get("deleted"):
-            raw |= dict(
-                file_url=self.server.url + post["path"], md5=post["md5"], large_file_url=self.server.url + post["path"]
-            )
-        if post.get("sample"):
-            raw |= dict(has_large=True, large_file_url=self.server.url + post["sample"])
-        return raw
+        raw |= dict(tag_string_artist=post.get("artist", ""), source=post.get("source", ""))
+        return raw | self.addresses(post, "large_file_url", post.get("path"))
 
     def moebooru(self, post: dict) -> dict:
-        raw = dict(
-            id=post["id"], rating=post.get("rating", "s"), tags=post.get("tags", "smile"), source=post.get("source", "")
-        )
-        if not post.get("deleted"):
-            raw |= dict(file_url=self.server.url + post["path"], md5=post["md5"])
-        if post.get("sample"):
-            raw |= dict(sample_url=self.server.url + post["sample"])
-        return raw
+        raw = dict(id=post["id"], rating=post.get("rating", "s"), tags=post.get("tags", "smile"))
+        return raw | dict(source=post.get("source", "")) | self.addresses(post, "sample_url", None)
+
+    def addresses(self, post: dict, sample: str, usual: str | None) -> dict:
+        """A post's file, unless it was deleted, and its sample, which is the `usual` one if it has none."""
+        found = {} if post.get("deleted") else dict(file_url=self.server.url + post["path"], md5=post["md5"])
+        place = post.get("sample") or (usual if found else None)
+        return found | ({sample: self.server.url + place} if place else {})
 
     def gelbooru(self, post: dict) -> dict:
         """An older answer: no addresses, only their parts."""
@@ -208,18 +207,15 @@ def endless(handler):
         handler.wfile.write(bytes(2**20))
 
 
-def drip(handler):
-    handler.answer(200, b"", "image/png", Content_Length="100000")
+def drip(handler, length: str | None = "100000"):
+    handler.answer(200, b"", "image/png", Content_Length=length)
     while True:
         handler.wfile.write(b"x")
         time.sleep(0.02)
 
 
 def drip_without_length(handler):
-    handler.answer(200, b"", "image/png", Content_Length=None)
-    while True:
-        handler.wfile.write(b"x")
-        time.sleep(0.02)
+    drip(handler, None)
 
 
 def drip_headers(handler):
