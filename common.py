@@ -42,28 +42,22 @@ CHECKPOINT_FORMAT = 1
 NOT_KEPT = {"script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint"}
 SAVE_SECONDS = 10  # between two checkpoints, when epochs are shorter
 
+
 # --------------------------------------------------------------------------------- errors and files
-
-
 class UserError(Exception):
     """A mistake that the user can mend: shown as one line, exit status 2."""
-
-    status = 2
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which it replaces at the end, whole, or not at all.
-
-    `sync` waits for the disk, for the case of a power cut. UserError if it is full or read-only.
-    """
+    """A temporary path that replaces `path` at the end, whole, or not at all. Raises UserError."""
     path = Path(path)
     made = not path.parent.exists()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if sync:
+        if sync:  # for the case of a power cut
             with open(temporary, "rb+") as file:
                 try:
                     os.fsync(file.fileno())
@@ -71,7 +65,7 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
                     if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
                         raise  # else the file system knows no such thing
         for _ in range(10):
-            with contextlib.suppress(PermissionError):  # on Windows another program may have it open
+            with contextlib.suppress(PermissionError):  # on Windows, while another program reads it
                 os.replace(temporary, path)
                 return
             time.sleep(0.1)
@@ -89,19 +83,15 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder: SQLite locks on every system, until a process ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = sqlite3.connect(folder / ".lock", timeout=0)
-    try:
-        lock.execute("PRAGMA journal_mode = MEMORY")  # no second file
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:
-        if "locked" in str(error):
-            way_out = "wait, or name another folder"
-            raise UserError(f"another process writes to {folder}: {way_out}") from error
-        show_line(f"no lock on {folder} ({error}): let no other process write there")
-    try:
+    with contextlib.closing(sqlite3.connect(folder / ".lock", timeout=0)) as lock:
+        try:
+            lock.execute("PRAGMA journal_mode = MEMORY")  # no second file
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error as error:
+            if "locked" in str(error):
+                raise UserError(f"another process writes to {folder}: wait, or name another folder") from error
+            show_line(f"no lock on {folder} ({error}): let no other process write there")
         yield
-    finally:
-        lock.close()
 
 
 def clock(seconds: float) -> str:
@@ -122,7 +112,7 @@ def show_line(line: str, end: str = "\n") -> None:
 
 
 class Progress:
-    """Work done, its rate and the time left: a line that is rewritten, or now and then a new one."""
+    """A line of the work done, its rate and the time left: rewritten, or now and then a new one."""
 
     def __init__(self, total: int, unit: str):
         self.total, self.unit, self.start, self.first = total, unit, None, 0
@@ -135,13 +125,11 @@ class Progress:
         if now - self.shown > (0.2 if on_terminal() else 10) and done > self.first:
             self.shown, rate = now, (done - self.first) / (now - self.start)
             left = clock((self.total - done) / rate)
-            line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left"
-            show_line(f"{line} {text}", end="" if on_terminal() else "\n")
+            line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left {text}"
+            show_line(line, end="" if on_terminal() else "\n")
 
 
 # --------------------------------------------------------------------------------- the command line
-
-
 class Parser(argparse.ArgumentParser):
     """A parser that tells a mistake in one line, and ignores a notebook's own arguments."""
 
@@ -169,8 +157,7 @@ def absolute_path(text: str) -> str:
 def labelled_name(text: str) -> str:
     """An argparse type: the name of a labelled data set."""
     if text not in LABELLED:
-        why = f"is none of {', '.join(LABELLED)}; folders of images are for dcgan.py"
-        raise argparse.ArgumentTypeError(f"{text!r} {why}")
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(LABELLED)}; folders are for dcgan.py")
     return text
 
 
@@ -193,14 +180,13 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Namespace:
     """What was typed, over the checkpoint's options (if one is asked for), over the preset's.
 
-    A preset may hold a dict `folder` of other numbers for folders of images. Adds `script`, and
-    `checkpoint`: a dict or None.
+    A preset's `folder` holds what differs for folders of images. Adds `script` and `checkpoint`.
     """
     args = parser.parse_args(argv)
     numbers = dict(presets[args.preset])
-    folder_numbers = numbers.pop("folder", {})
+    of_folders = numbers.pop("folder", {})
     if args.dataset not in LABELLED:
-        numbers |= folder_numbers
+        numbers |= of_folders
     script = parser.prog.removesuffix(".py")
     out_dir = args.out_dir or f"runs/{script}-{args.preset}-{Path(args.dataset).name}"
     parser.set_defaults(**numbers, script=script, out_dir=out_dir, checkpoint=None)
@@ -211,11 +197,7 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Nam
         parser.error("--sample draws from a finished run, --resume trains: give one of them")
     if not (args.resume or args.sample is not None or getattr(args, "evaluate", False)):
         return args
-
-    try:
-        checkpoint = load_checkpoint(out_dir, script)
-    except UserError as error:
-        parser.error(str(error))
+    checkpoint = load_checkpoint(out_dir, script)
     stored, fresh = checkpoint["options"], run_options(args)
     if {k: type(v) for k, v in stored.items()} != {k: type(v) for k, v in fresh.items()}:
         odd = sorted(set(stored) ^ set(fresh)) or "of other types"
@@ -227,8 +209,8 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Nam
         free.add("dataset")  # the images may have moved: Run tells whether they are the same
     for name, value in run_options(args).items():
         if value != stored[name] and name not in free:
-            typed = f"--{name.replace('_', '-')} {value} contradicts the checkpoint's {stored[name]}"
-            parser.error(f"{typed}: leave it out, or train anew")
+            typed, own = f"--{name.replace('_', '-')} {value}", stored[name]
+            parser.error(f"{typed} contradicts the checkpoint's {own}: leave it out, or train anew")
     return args
 
 
@@ -250,17 +232,15 @@ def reporting_errors(program: str) -> Iterator[None]:
         if dist.is_initialized():
             dist.barrier()  # a process that leaves early takes its connections with it
     except KeyboardInterrupt as interrupt:
-        how = "interrupted: a training goes on with --resume, from its last checkpoint"
-        leave(130, program, str(interrupt) or how)
+        leave(130, program, str(interrupt) or "interrupted: a training goes on with --resume")
     except BrokenPipeError as error:
         sys.stdout = None  # nobody reads it any more
         leave(2, program, f"error: the output was closed: {error.strerror}")
     except (UserError, OSError) as error:
         leave(getattr(error, "status", 2), program, f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        told = str(error).lower()  # for torch has no type for the processor's memory
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if known or ("alloc" in told and "memory" in told):
+        text = str(error).lower()  # torch has no type for the processor's memory
+        if isinstance(error, MemoryError) or ("alloc" in text and "memory" in text):
             leave(2, program, "error: out of memory: a smaller --batch-size needs less")
         raise
     finally:
@@ -269,8 +249,6 @@ def reporting_errors(program: str) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------- device and processes
-
-
 def rank() -> int:
     """This process's number under torchrun, else 0. Only process 0 prints and writes."""
     return int(os.environ["RANK"]) if processes() > 1 else 0
@@ -278,42 +256,33 @@ def rank() -> int:
 
 def processes() -> int:
     """How many processes torchrun started, else 1."""
-    names = ("RANK", "MASTER_ADDR", "WORLD_SIZE")
-    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in names) else 1
-
-
-def check_libraries() -> None:
-    """UserError when a library is too old, or lacks a part that would be missed late."""
-    try:
-        if not hasattr(torch, "accelerator"):
-            raise ImportError(f"torch is older than 2.6: {torch.__version__}")
-        importlib.import_module("torchvision")
-        ImageFont.load_default(size=12)
-    except Exception as error:  # libraries that don't fit each other raise anything
-        why = str(error).strip().splitlines()[0]
-        raise UserError(f"{why}: pip install -r requirements.txt mends it") from error
+    started = {"RANK", "MASTER_ADDR", "WORLD_SIZE"} <= os.environ.keys()
+    return int(os.environ["WORLD_SIZE"]) if started else 1
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
     """The device that `--device` names; UserError if it is absent. Joins torchrun's processes."""
-    check_libraries()
-    best = "cpu"
-    if torch.accelerator.is_available():
-        best = torch.accelerator.current_accelerator().type
+    try:
+        if not hasattr(torch, "accelerator"):
+            raise ImportError(f"torch is older than 2.6: {torch.__version__}")
+        importlib.import_module("torchvision")
+        ImageFont.load_default(size=12)  # which needs FreeType
+    except Exception as error:  # libraries that don't fit each other raise anything
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"{why}: pip install -r requirements.txt mends it") from error
+    best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     kind = best if args.device == "auto" else args.device
     if kind not in ("cpu", best):
-        here = "no accelerator" if best == "cpu" else best
-        raise UserError(f"--device {kind}: this machine has {here}; --device auto takes what there is")
+        raise UserError(f"--device {kind}: this machine has {best}; --device auto takes it")
     device = torch.device(kind)
     if kind == "cuda":
         here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if here > cards:
-            way_out = f"--nproc-per-node={cards}, or --device cpu"
-            raise UserError(f"{here} processes and {cards} GPUs on this machine: {way_out}")
+            raise UserError(f"{here} processes, {cards} GPUs: take --nproc-per-node={cards}, or --device cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if processes() > 1 and not dist.is_initialized():
-        # A day: the others wait while the first decodes a folder; torchrun ends those of a lost one.
+        # A day: the others wait while the first decodes a folder; torchrun ends all if one is lost.
         how = dict(timeout=timedelta(days=1), device_id=device if kind == "cuda" else None)
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", **how)
     return device
@@ -321,18 +290,17 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 
 def choose_autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
     """A context for matrix products and convolutions in `--precision`. Prints it and the device."""
-    native = has_native_bf16(device)
-    precision, why = "bf16" if native else "fp32", f"native here: {'yes' if native else 'no'}"
-    if args.precision != "auto":
-        precision, why = args.precision, "as asked"
+    precision, why = args.precision, "as asked"
+    if precision == "auto":
+        native = has_native_bf16(device)
+        precision, why = ("bf16", "native here: yes") if native else ("fp32", "native here: no")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name += f", {processes()} processes" if processes() > 1 else ""
     show_line(f"{args.script}: device {name}; precision {precision} (bf16 {why})")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     if device.type == "cpu" and 1 < torch.get_num_threads() > (os.cpu_count() or 1) - load + 0.5:
-        advice = "OMP_NUM_THREADS=1 is faster beside other work"
-        show_line(f"{args.script}: this machine is busy (load {load:.1f}): {advice}")
+        show_line(f"{args.script}: this machine is busy (load {load:.1f}): OMP_NUM_THREADS=1 is faster then")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -341,16 +309,14 @@ def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     cpuinfo = Path("/proc/cpuinfo")
-    if device.type != "cpu" or not cpuinfo.exists():
-        return False
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo.read_text().split())
+    flags = cpuinfo.read_text().split() if device.type == "cpu" and cpuinfo.exists() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def seed_everything(seed: int, epoch: int = 0) -> None:
     """Seed all that is random from both: of what came before, an epoch sees the weights alone."""
     # The CPU's generator keeps 32 bits of its seed: mix, so that no two epochs of two seeds agree.
-    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:4], "big"))
+    torch.manual_seed(int(hashlib.sha256(f"{seed} {epoch}".encode()).hexdigest()[:8], 16))
 
 
 def rand(count: int, *shape: int, device: torch.device | str) -> Tensor:
@@ -388,15 +354,12 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------- optimizer steps
-
-
 def adam(parameters, lr: float, beta1: float = 0.9) -> torch.optim.Adam:
     """Adam in one kernel a step (fused), which a CUDA graph can capture."""
     parameters = list(parameters)
     kind = parameters[0].device.type
     graphed = kind == "cuda" and processes() == 1 and os.environ.get("CUDA_GRAPH") != "0"
-    how = dict(fused=kind in ("cpu", "cuda"), capturable=graphed)
-    return torch.optim.Adam(parameters, lr, (beta1, 0.999), **how)
+    return torch.optim.Adam(parameters, lr, (beta1, 0.999), fused=kind in ("cpu", "cuda"), capturable=graphed)
 
 
 def gradients(loss: Tensor, optimizer: torch.optim.Optimizer, retain: bool = False) -> tuple:
@@ -409,8 +372,7 @@ def apply_gradients(gradients: tuple[Tensor, ...], optimizer: torch.optim.Optimi
     if dist.is_initialized():
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
-        flat /= processes()
-        parts = flat.split([gradient.numel() for gradient in gradients])
+        parts = flat.div_(processes()).split([gradient.numel() for gradient in gradients])
         gradients = [part.view(gradient.shape) for part, gradient in zip(parts, gradients)]
     for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients):
         if gradient.stride() != parameter.stride():  # the fused kernel walks both in memory order
@@ -437,15 +399,12 @@ def capture(step: Callable, device: torch.device) -> Callable:
     if processes() > 1:
         show_line("no CUDA graph: several processes exchange gradients within a step")
         return step
-    warnings.filterwarnings("ignore", message=".*capturable=True.*")  # of the steps before the capture
+    warnings.filterwarnings("ignore", message=".*capturable=True.*")  # of steps before the capture
     return GraphedStep(step)
 
 
 class GraphedStep:
-    """A training step captured as one CUDA graph and replayed: one launch instead of hundreds.
-
-    The results of a replay are overwritten by the next one.
-    """
+    """A training step replayed as one CUDA graph; the next replay overwrites its results."""
 
     def __init__(self, step: Callable):
         self.step, self.calls, self.graph, self.stream = step, 0, None, torch.cuda.Stream()
@@ -460,16 +419,15 @@ class GraphedStep:
             torch.cuda.current_stream().wait_stream(self.stream)
             return losses
         if self.graph is None:
-            self.batch, graph = [part.clone() for part in batch], torch.cuda.CUDAGraph()
+            self.batch, self.graph = [part.clone() for part in batch], torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, stream=self.stream):
+                with torch.cuda.graph(self.graph, stream=self.stream):
                     self.losses = self.run(self.batch)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                why = f"a step can't be captured ({str(error).splitlines()[0]})"
-                raise UserError(f"{why}: CUDA_GRAPH=0 in the environment goes without") from error
-            self.graph = graph
+                why = str(error).splitlines()[0]
+                raise UserError(f"a step can't be captured ({why}): set CUDA_GRAPH=0") from error
         for own, part in zip(self.batch, batch):
             own.copy_(part)
         self.graph.replay()
