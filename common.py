@@ -1,14 +1,13 @@
 """Data and device helpers for the four scripts, and what a run leaves on the disk; no model.
 
 In reading order: errors and files, the command line, device and processes, optimizer steps, data,
-pictures, a run's folder, sampling. Images are uint8 (N, C, H, W); training steps make floats of them.
+pictures, a run's folder, sampling. Images are uint8 (N, C, H, W) until a training step uses them.
 """
 
 import argparse
 import contextlib
 import csv
 import errno
-import fnmatch
 import functools
 import hashlib
 import importlib
@@ -20,7 +19,6 @@ import random
 import shutil
 import signal
 import sqlite3
-import stat
 import sys
 import time
 import uuid
@@ -32,15 +30,16 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 LABELLED = ("mnist", "fashion", "digits")  # data sets of 28x28 grey images in ten classes
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # other readers start programs
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # others may start programs
 CHECKPOINT_FORMAT = 1
 NOT_KEPT = {"script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint"}
 SAVE_SECONDS = 10  # between two checkpoints, when epochs are shorter
+COLOURS = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()
 
 
 # --------------------------------------------------------------------------------- errors and files
@@ -438,8 +437,6 @@ class GraphedStep:
 
 
 # --------------------------------------------------------------------------------------------- data
-
-
 class Data(NamedTuple):
     images: Tensor  # uint8 (N, C, H, W)
     labels: Tensor | None  # int64 (N,), or None for a folder of images
@@ -457,10 +454,7 @@ class Data(NamedTuple):
 
 
 def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | None = None) -> Data:
-    """A data set: mnist, fashion, digits 1x28x28 with labels; anime, folders 3 x size x size.
-
-    Raises UserError when the data is absent and can't be fetched, is damaged, or holds no image.
-    """
+    """mnist, fashion, digits 1x28x28 with labels; anime or a folder 3 x size x size. Or UserError."""
     if rank() > 0:
         dist.barrier()  # until the first process is through: it downloads and builds caches
     if name == "digits":
@@ -499,22 +493,17 @@ def load_idx(name: str, data_dir: Path, train: bool) -> Data:
         if images.shape != (len(labels), 28, 28) or labels.max() > 9:  # of no labels an error
             raise ValueError
     except Exception as error:  # damaged files raise whatever their bytes lead to
-        way_out = "delete both, and they are fetched again"
-        raise UserError(f"{files[0]} or its labels are damaged: {way_out}") from error
+        raise UserError(f"{files[0]} or its labels are damaged: delete both, they come anew") from error
     return Data(images[:, None], labels.long())
 
 
 def draw_digits(train: bool = True) -> Data:
-    """Digits in Pillow's own font, turned, slanted and sized at random; always the same pictures."""
+    """Digits in Pillow's font, turned, slanted and sized at random; always the same pictures."""
     count, seed = (10_000, "digits") if train else (2_000, "digits, test")
-    chance = random.Random(seed)
-    font = ImageFont.load_default(size=64)
-    glyphs = {}
-    for digit in range(10):
-        for stroke in range(4):
-            glyphs[digit, stroke] = glyph = Image.new("L", (96, 96))
-            draw = ImageDraw.Draw(glyph)
-            draw.text((48, 48), str(digit), 255, font, anchor="mm", stroke_width=stroke)
+    chance, font, glyphs = random.Random(seed), ImageFont.load_default(size=64), {}
+    for digit, stroke in itertools.product(range(10), range(4)):
+        glyphs[digit, stroke] = glyph = Image.new("L", (96, 96))
+        ImageDraw.Draw(glyph).text((48, 48), str(digit), 255, font, anchor="mm", stroke_width=stroke)
     labels = [i % 10 for i in range(count)]
     chance.shuffle(labels)
     pictures = bytearray()
@@ -527,8 +516,8 @@ def draw_digits(train: bool = True) -> Data:
         x, y = 28 + chance.uniform(-3, 3), 28 + chance.uniform(-3, 3)
         matrix = (a, b, 48 - a * x - b * y, d, e, 48 - d * x - e * y)
         glyph = glyphs[label, chance.randrange(4)]
-        how = Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
-        pictures += glyph.transform((56, 56), *how).reduce(2).tobytes()
+        glyph = glyph.transform((56, 56), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+        pictures += glyph.reduce(2).tobytes()
     images = torch.frombuffer(pictures, dtype=torch.uint8).view(count, 1, 28, 28)
     return Data(images, torch.tensor(labels))
 
@@ -536,17 +525,15 @@ def draw_digits(train: bool = True) -> Data:
 def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
     """The images under `folder`, flat or nested, as uint8 (N, 3, size, size), mapped from a cache.
 
-    The cache is made once, in `data_dir`, as FOLDER-PLACE-DIGEST-SIZE.images. A folder whose files
-    changed has another digest; its earlier cache is removed. Files that are no usable image are
-    skipped and named. Raises UserError when none is left, and when a file can't be read now.
+    It is made once, in `data_dir`, as FOLDER-PLACE-DIGEST-SIZE.images; files that changed have
+    another digest. UserError when there is no image, and when a file can't be read now.
     """
     if not folder.is_dir():
         hint = "--dataset takes a name or a folder; python crawl_anime.py fills data/anime"
         raise UserError(f"there is no folder {folder} ({hint})")
     names, digest = list_files(folder)
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
-    own = folder.name.encode(errors="replace").decode()
-    cache = data_dir / f"{own}-{place}-{digest}-{size}.images"
+    cache = data_dir / f"{folder.name.encode(errors='replace').decode()}-{place}-{digest}-{size}.images"
     found = next(data_dir.glob(f"*-{digest}-{size}.images"), None)  # made here, or before a move
     if found:
         cache, count, told = found, found.stat().st_size // (3 * size * size), " (cached)"
@@ -554,16 +541,15 @@ def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
             told += f"; skipped {len(names) - count:,} files"
     else:
         count, told = build_cache(cache, folder, names, size)
-        for earlier in data_dir.glob(f"*-{place}-{'?' * len(digest)}-{size}.images"):
+        for earlier in {*data_dir.glob(f"*-{place}-{'?' * len(digest)}-{size}.images")} - {cache}:
             with contextlib.suppress(OSError):
-                if earlier != cache:
-                    earlier.unlink()
+                earlier.unlink()
     show_line(f"{count:,} images in {folder}{told}")
     return map_file(cache, count * 3 * size * size).view(count, 3, size, size)
 
 
 def map_file(path: Path, size: int, shared: bool = False) -> Tensor:
-    """A file's first bytes, mapped: uint8 (size,). What is written there stands in the file if `shared`."""
+    """A file's first bytes, mapped: uint8 (size,). If `shared`, the file gets what is written."""
     try:
         return torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)
     except RuntimeError as error:
@@ -582,44 +568,40 @@ def list_files(folder: Path) -> tuple[list[str], str]:
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = sorted(fnmatch.filter(folders, "[!.]*"))  # those that are walked
-        for path in (os.path.join(directory, name) for name in fnmatch.filter(names, "[!.]*")):
-            with contextlib.suppress(OSError):  # removed by now, or a link to nothing or to itself
-                status = os.stat(path)
-                if stat.S_ISREG(status.st_mode) and not path.endswith(".images"):
-                    name = os.path.relpath(path, folder)
+        folders[:] = sorted(name for name in folders if name[0] != ".")  # those that are walked
+        for path in (os.path.join(directory, name) for name in names if name[0] != "."):
+            with contextlib.suppress(OSError):  # removed by now
+                if os.path.isfile(path) and not path.endswith(".images"):
+                    name, status = os.path.relpath(path, folder), os.stat(path)
                     files.append((name, status.st_size, status.st_mtime_ns))
     files.sort()
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(os.fsencode("\0".join(map(str, file)) + "\0"))
-    return [path for path, _, _ in files], digest.hexdigest()[:16]
+    text = "".join(f"{name}\0{size}\0{modified}\0" for name, size, modified in files)
+    return [name for name, _, _ in files], hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
 
 def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple[int, str]:
-    """Decode files into a mapped file, larger than memory perhaps; how many, and what was skipped."""
+    """Decode files into a mapped file, which may exceed memory: how many, and what was skipped."""
     for leftover in cache.parent.glob(".*.images.*.tmp"):  # of builders that were killed
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink()
     count, skipped, length, progress = 0, [], 3 * size * size, Progress(len(names), "files")
-    decode = functools.partial(decode_files, folder=folder, size=size)
     with replacing(cache) as temporary:
         with open(temporary, "wb") as file:
             if hasattr(os, "posix_fallocate"):  # on a mapped page a full disk is a signal
                 os.posix_fallocate(file.fileno(), 0, max(1, len(names)) * length)
         pixels = map_file(temporary, len(names) * length, shared=True)
-        decoded = map_in_workers(decode, names, len(names) // 256)
-        for i, (name, picture) in enumerate(zip(names, decoded)):
+        decode = functools.partial(decode_files, folder=folder, size=size)
+        decoded = map_in_workers(decode, names, workers=len(names) // 256)
+        for i, (name, picture) in enumerate(zip(names, decoded), start=1):
             if isinstance(picture, OSError):
                 raise UserError(f"can't read {folder / name}: {picture.strerror}")
             if isinstance(picture, str):
                 skipped.append(f"{name} ({picture})")
             elif picture is not None:
-                image = torch.frombuffer(picture, dtype=torch.uint8)
-                pixels[count * length : (count + 1) * length] = image
+                pixels[count * length :][:length] = torch.frombuffer(picture, dtype=torch.uint8)
                 count += 1
-            progress.update(i + 1)
+            progress.update(i)
         first = "".join(c if c.isprintable() else "?" for c in ", ".join(skipped[:3]))
         if not count:
             what = f"{len(names):,} files, none a usable image: {first}" if names else "no file"
@@ -631,7 +613,7 @@ def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple
 
 
 def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
-    """All results, in order, of function(part) -> list for parts of `items`, in up to 8 processes."""
+    """All results, in order, of function(part) -> list for parts of items, in up to 8 processes."""
     workers = min(workers, os.cpu_count() or 1, 8)  # each holds the libraries: about 0.2 GB
     how = dict(num_workers=workers, multiprocessing_context="spawn") if workers else {}
     loader = DataLoader(items, 16, collate_fn=function, **how)
@@ -643,7 +625,7 @@ def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
         for results in loader:
             yield from results
     except RuntimeError as error:
-        raise UserError(f"lost a process that decodes, perhaps for want of memory: {error}") from error
+        raise UserError(f"lost a process that decodes, perhaps out of memory: {error}") from error
 
 
 def decode_files(names: list[str], folder: Path, size: int) -> list:
@@ -651,7 +633,7 @@ def decode_files(names: list[str], folder: Path, size: int) -> list:
 
 
 def decode_file(path: Path, size: int) -> bytearray | str | OSError | None:
-    """Pixels, 3 x size x size, or why there are none, or why not now; None for a file of another kind."""
+    """Pixels, 3 x size x size, or why there are none, now or ever; None for a file of another kind."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     try:
         image = ImageOps.fit(open_picture(path, size), (size, size), Image.Resampling.BICUBIC)
@@ -673,10 +655,10 @@ def open_picture(source: Path | bytes, size: int = 0) -> Image.Image:
 
     Raises ValueError that says why there is none, OSError when the file can't be read now.
     """
-    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+    opened = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+    with opened as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # before pixels are read
-        file = stack.enter_context(io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb"))
         is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
         try:
             return decode_picture(file, size)
@@ -684,10 +666,8 @@ def open_picture(source: Path | bytes, size: int = 0) -> Image.Image:
             raise ValueError("too large") from None
         except Image.UnidentifiedImageError:
             raise ValueError("no image" if file.seek(0, os.SEEK_END) else "empty") from None
-        except MemoryError:
-            raise
         except Exception as error:  # a damaged file raises whatever its bytes lead to
-            if isinstance(error, OSError) and error.errno:
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
                 raise
             reason = f"damaged: {error}"
         if is_png:  # a text or profile of any size or damage does not condemn the pixels
@@ -726,8 +706,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     if profile and image.mode in ("RGB", "CMYK"):
         with contextlib.suppress(Exception):  # nor do damaged profiles, or a Pillow that reads none
-            from PIL import ImageCms
-
             own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
             if "srgb" not in ImageCms.getProfileDescription(own).lower():
                 image = ImageCms.profileToProfile(image, own, srgb, outputMode="RGB")
@@ -739,13 +717,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Data]:
-    """An epoch's batches in random order, this process's share of each, on the device.
-
-    The last images that fill no batch are left out, so that every step has one shape; the next
-    epoch permutes anew.
-    """
+    """An epoch's whole batches in random order, this process's share of each, on the device."""
     device, share = torch.device(device), batch_size // processes()
-    order = torch.randperm(len(data.images)).to(data.images.device)  # a copy a step would wait for it
+    order = torch.randperm(len(data.images)).to(data.images.device)  # once: each copy is waited for
     for start in range(0, len(order) - batch_size + 1, batch_size):
         picked = order[start + rank() * share : start + (rank() + 1) * share]
         images = data.images.index_select(0, picked)
@@ -771,8 +745,6 @@ def symmetric_to_unit(images: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------- pictures
-
-
 def to_bytes(images: Tensor) -> Tensor:
     """Floats in [0, 1] to the nearest uint8, on the CPU."""
     return images.detach().float().mul(255).add_(0.5).clamp_(0, 255).to("cpu", torch.uint8)
@@ -813,28 +785,22 @@ def write_gif(path: str | Path, frames: list[Image.Image]) -> None:
     """An endless animation that rests on its last frame; few colours keep it small."""
     frames = [frame.quantize(16 if frame.mode == "L" else 256) for frame in frames]
     milliseconds = [150] * (len(frames) - 1) + [2000]
-    how = dict(save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     with replacing(path) as temporary:
-        frames[0].save(temporary, "GIF", **how)
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 def label_panels(panels: list[tuple[str, Image.Image]], columns: int = 2) -> Image.Image:
     """Pictures side by side, each under its title: the reports' four-panel figure."""
     width, height = max(p.width for _, p in panels), max(p.height for _, p in panels)
-    font, columns = ImageFont.load_default(size=max(12, height // 18)), min(columns, len(panels))
-    title, gap = font.size * 2, font.size
-    rows = -(-len(panels) // columns)
-    across, down = width + gap, height + title + gap
+    gap, columns = max(12, height // 18), min(columns, len(panels))
+    font, rows = ImageFont.load_default(size=gap), math.ceil(len(panels) / columns)
+    across, down = width + gap, height + 3 * gap
     figure = Image.new("RGB", (columns * across + gap, rows * down), "white")
-    for i, (text, panel) in enumerate(panels):
-        x, y = gap + i % columns * across, title + i // columns * down
-        middle = x + width / 2, y - title / 2
-        ImageDraw.Draw(figure).text(middle, text, "black", font, anchor="mm")
+    for i, (title, panel) in enumerate(panels):
+        x, y = gap + i % columns * across, 2 * gap + i // columns * down
+        ImageDraw.Draw(figure).text((x + width / 2, y - gap), title, "black", font, anchor="mm")
         figure.paste(panel, (x, y))
     return figure
-
-
-COLOURS = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()
 
 
 def ticks(low: float, high: float, least: float = 0.0) -> list[float]:
@@ -847,46 +813,45 @@ def ticks(low: float, high: float, least: float = 0.0) -> list[float]:
 
 
 class Plot:
-    """A figure of 800x500 with axes and legend; draw at `point(x, y)` on `draw`, at twice the size."""
+    """A figure of 800x500 with axes and legend; draw on `draw` at `point(x, y)`, twice as large."""
 
-    left, right, top, bottom = 150, 1560, 40, 890  # of the axes
+    left, top, right, bottom = 150, 40, 1560, 890  # of the axes
 
     def __init__(self, x_range, y_range, x_label: str, y_label: str, legend: dict, log_y=False):
         self.image, self.legend = Image.new("RGB", (1600, 1000), "white"), legend
-        self.draw, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(size=28)
+        self.draw = ImageDraw.Draw(self.image)
+        self.draw.font = ImageFont.load_default(size=28)
         self.scale = math.log10 if log_y else float
         (self.x0, self.x1), (self.y0, self.y1) = x_range, map(self.scale, y_range)
-        left, right, top, bottom = self.left, self.right, self.top, self.bottom
         for x in ticks(self.x0, self.x1, least=1 if x_label == "epoch" else 0):
-            column = self.point(x, y_range[0])[0]
-            self.draw.line((column, top, column, bottom), "#e6e6e6", 2)
-            self.draw.text((column, bottom + 12), f"{x:g}", "black", self.font, anchor="ma")
+            column, _ = self.point(x, y_range[0])
+            self.draw.line((column, self.top, column, self.bottom), "#e6e6e6", 2)
+            self.draw.text((column, self.bottom + 12), f"{x:g}", "black", anchor="ma")
         for tick in ticks(self.y0, self.y1, least=1 if log_y else 0):
             y = 10.0**tick if log_y else tick
-            row = self.point(self.x0, y)[1]
-            self.draw.line((left, row, right, row), "#e6e6e6", 2)
-            self.draw.text((left - 12, row), f"{y:g}", "black", self.font, anchor="rm")
-        self.draw.rectangle((left, top, right, bottom), outline="black", width=2)
-        self.draw.text(((left + right) / 2, 984), x_label, "black", self.font, anchor="md")
-        side = Image.new("L", (bottom - top, 40))
-        ImageDraw.Draw(side).text((side.width / 2, 20), y_label, 255, self.font, anchor="mm")
-        self.image.paste("black", (8, top), side.rotate(90, expand=True))
+            _, row = self.point(self.x0, y)
+            self.draw.line((self.left, row, self.right, row), "#e6e6e6", 2)
+            self.draw.text((self.left - 12, row), f"{y:g}", "black", anchor="rm")
+        self.draw.rectangle((self.left, self.top, self.right, self.bottom), None, "black", 2)
+        self.draw.text(((self.left + self.right) / 2, 984), x_label, "black", anchor="md")
+        side = Image.new("L", (self.bottom - self.top, 40))
+        ImageDraw.Draw(side).text((side.width / 2, 20), y_label, 255, self.draw.font, anchor="mm")
+        self.image.paste("black", (8, self.top), side.rotate(90, expand=True))
 
     def point(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x0) / (self.x1 - self.x0)
-        up = (self.scale(y) - self.y0) / (self.y1 - self.y0)
-        width, height = self.right - self.left, self.bottom - self.top
-        return self.left + across * width, self.bottom - up * height
+        across = (x - self.x0) / (self.x1 - self.x0) * (self.right - self.left)
+        up = (self.scale(y) - self.y0) / (self.y1 - self.y0) * (self.bottom - self.top)
+        return self.left + across, self.bottom - up
 
     def finish(self) -> Image.Image:
         """The figure with its legend on top."""
-        left = self.right - 90 - max(self.draw.textlength(name, self.font) for name in self.legend)
-        bottom = self.top + 20 + 38 * len(self.legend)
-        box = left, self.top + 10, self.right - 10, bottom
-        self.draw.rectangle(box, "white", "#bbbbbb", 2)
-        for y, (name, colour) in zip(range(self.top + 34, bottom, 38), self.legend.items()):
+        left, top = self.right - 90 - max(map(self.draw.textlength, self.legend)), self.top + 10
+        bottom = top + 10 + 38 * len(self.legend)
+        self.draw.rectangle((left, top, self.right - 10, bottom), "white", "#bbbbbb", 2)
+        for i, (name, colour) in enumerate(self.legend.items()):
+            y = top + 24 + 38 * i
             self.draw.rectangle((left + 12, y - 5, left + 52, y + 5), colour)
-            self.draw.text((left + 64, y), name, "black", self.font, anchor="lm")
+            self.draw.text((left + 64, y), name, "black", anchor="lm")
         return self.image.reduce(2)
 
 
@@ -899,7 +864,7 @@ def plot_lines(curves: dict[str, list[float]], x_label: str, y_label: str) -> Im
     colours = dict(zip(curves, COLOURS))
     plot = Plot((1, max(2, *map(len, curves.values()))), y_range, x_label, y_label, colours, log_y)
     for name, curve in curves.items():
-        points = [plot.point(i + 1, value) for i, value in enumerate(curve)]
+        points = [plot.point(x, y) for x, y in enumerate(curve, start=1)]
         plot.draw.line(points, colours[name], 4)
         if len(points) == 1:
             x, y = points[0]
