@@ -102,9 +102,11 @@ def describe(args: argparse.Namespace) -> str:
 
 def may_find_more(args: argparse.Namespace, reasons: str, described: str) -> bool:
     """Whether a post that was left for these reasons, with options of that description, may give a crop now."""
+    if reasons == "near-duplicate":
+        return False
     known = re.fullmatch(r"(lbp|none) (\d+) (\d(?:\.\d+)?) (\d+) (colour|grey)", described)
-    if reasons == "near-duplicate" or not known:
-        return reasons != "near-duplicate"
+    if not known:
+        return True
     detector, min_face, margin, neighbours, colours = known.groups()
     smaller = args.min_face < int(min_face)
     if reasons == "no face" and detector == "none":
@@ -419,7 +421,8 @@ def parse_robots(text: str) -> list[tuple[str, str]]:
             agents = set() if in_rules else agents
             in_rules, in_groups = False, True
             agents |= {re.match(r"[*\w-]*", value)[0].lower()} & {AGENT, "*"}
-            groups |= {agent: groups.get(agent, []) for agent in agents}
+            for agent in agents:
+                groups.setdefault(agent, [])
         elif name in ("content-signal", "content-usage") or in_groups and name in ("allow", "disallow", "crawl-delay"):
             in_rules = in_rules or name != "crawl-delay"
             for agent in agents:
@@ -578,7 +581,8 @@ def decode(source: Path | bytes) -> Image.Image:
 
 def check_jpeg(file: BinaryIO) -> None:
     """Raises Unusable for more scans or segments than any encoder writes: a decoder's time grows with both."""
-    data, scans, segments, place = file.read() if file.read(2) == b"\xff\xd8" else b"", 0, 0, 0
+    data = file.read() if file.read(2) == b"\xff\xd8" else b""
+    scans = segments = place = 0
     while (marker := MARKER.search(data, place)) and marker[0] != b"\xff\xd9":  # the end
         scans, segments = scans + (marker[0] == b"\xff\xda"), segments + 1
         if scans > MAX_SCANS or segments > MAX_SEGMENTS:
@@ -703,7 +707,7 @@ class Folder:
         self.rows[row["site"], row["id"]] = row
         self.faces += len(names)
         self.write(self.table, [row])
-        return dropped or [row["reason"]] * bool(row["reason"])
+        return dropped or ([row["reason"]] if row["reason"] else [])
 
     def forget(self, posts: list[tuple[str, str]]) -> int:
         """Mark posts as never to be fetched, then delete their crops; returns how many. Their hashes stay known."""
@@ -777,9 +781,7 @@ def crawl(args: argparse.Namespace) -> None:
         end = collect(results, folder, args.limit, 0 if args.limit else len(posts))
         common.show_line(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
         name = "anime" if args.to == "data/anime" else shlex.quote(args.to)
-        reasons = collections.Counter(row["reason"] or row["outcome"] for row in folder.rows.values())
-        why = f"most often for this reason: {max(reasons, key=reasons.get)}" if reasons else "no post was found"
-        hint = f"next: python dcgan.py --dataset {name}" if folder.faces else f"no face yet, {why}"
+        hint = f"next: python dcgan.py --dataset {name}" if folder.faces else "no face yet: that table says why"
         common.show_line(f"{AGENT}: {hint}")
 
 
@@ -792,18 +794,17 @@ def find_posts(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[dict]
         if not posts:
             raise common.UserError(f"--from-dir {args.from_dir} holds no picture")
         return None, posts
-    hosts = args.file_hosts
     if args.urls:
         lines = [line.strip() for line in read_text(Path(args.urls)).splitlines()]
-        hosts = hosts | {host for line in lines for host in re.findall("^https://([^/:?#]+)", line.lower())}
+        hosts = {host for line in lines for host in re.findall("^https://([^/:?#]+)", line.lower())}
         posts = [name_post("url", line, printable(line, 2000)) for line in lines if line and line[0] != "#"]
-        return Fetcher(hosts, args.vouched, args.delay, args.contact), posts
+        return Fetcher(hosts | args.file_hosts, args.vouched, args.delay, args.contact), posts
     site = SITES[args.site]
     if args.base_url:
         name = re.sub(r"[^a-z0-9.]", "_", urlsplit(args.base_url).hostname)  # --forget parts site and id at the hyphen
         site = site._replace(name=name, home=args.base_url)
-    hosts = hosts | find_domain(urlsplit(site.home).hostname)
-    fetcher = Fetcher(hosts, args.vouched, args.delay, args.contact)
+    hosts = find_domain(urlsplit(site.home).hostname)
+    fetcher = Fetcher(hosts | args.file_hosts, args.vouched, args.delay, args.contact)
     return fetcher, site_posts(fetcher, site, args)
 
 
@@ -825,11 +826,12 @@ def name_post(site: str, address: str, page: str) -> dict:
 
 def crop_files(posts: list[dict], args: argparse.Namespace) -> list[tuple[dict, list[tuple]]]:
     """The rows and crops of files on this disk; nothing of a file that is no picture by content nor by name."""
-    results = [crop_post(post, None, args) for post in posts]
-    other = ("no image", "empty")
-    return [
-        (row, crops) for row, crops in results if row["reason"] not in other or row["page"].lower().endswith(SUFFIXES)
-    ]
+    results = []
+    for post in posts:
+        row, crops = crop_post(post, None, args)
+        if row["reason"] not in ("no image", "empty") or row["page"].lower().endswith(SUFFIXES):
+            results.append((row, crops))
+    return results
 
 
 def crop_post(post: dict, fetcher: Fetcher | None, args: argparse.Namespace) -> tuple[dict, list[tuple]]:
@@ -844,22 +846,23 @@ def crop_post(post: dict, fetcher: Fetcher | None, args: argparse.Namespace) -> 
 
 
 def fetch_picture(post: dict, fetcher: Fetcher) -> bytes:
-    """The first of a post's files that is there. Raises Unusable."""
-    missing = Unusable(post["reason"], final=True)
-    for address, md5 in () if post["reason"] else post["files"].items():
+    """A post's sample, or its original if the sample is gone. Raises Unusable."""
+    if post["reason"]:
+        raise Unusable(post["reason"], final=True)
+    *_, original = post["files"]
+    for address in post["files"]:
         try:
             body = fetcher.fetch(address)
+            break
         except Unusable as error:
-            if error.status not in (404, 410):
+            if error.status not in (404, 410) or address == original:
                 raise
-            missing = error
-        else:
-            if b"DMI-PROHIBITED" in body:  # IPTC's and PLUS's property for data mining
-                raise Unusable("not for training (metadata)", final=True)
-            if md5 and md5 != "md5-" + hashlib.md5(body, usedforsecurity=False).hexdigest():
-                raise Unusable("damaged: another MD5")
-            return body
-    raise missing
+    if b"DMI-PROHIBITED" in body:  # IPTC's and PLUS's property for data mining
+        raise Unusable("not for training (metadata)", final=True)
+    md5 = post["files"][address]
+    if md5 and md5 != "md5-" + hashlib.md5(body, usedforsecurity=False).hexdigest():
+        raise Unusable("damaged: another MD5")
+    return body
 
 
 def collect(results: Iterator, folder: Folder, limit: int | None, total: int) -> str:
