@@ -156,7 +156,8 @@ def absolute_path(text: str) -> str:
 def labelled_name(text: str) -> str:
     """An argparse type: the name of a labelled data set."""
     if text not in LABELLED:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(LABELLED)}; folders are for dcgan.py")
+        hint = "folders of images are for dcgan.py"
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(LABELLED)}; {hint}")
     return text
 
 
@@ -493,7 +494,7 @@ def load_idx(name: str, data_dir: Path, train: bool) -> Data:
         if images.shape != (len(labels), 28, 28) or labels.max() > 9:  # of no labels an error
             raise ValueError
     except Exception as error:  # damaged files raise whatever their bytes lead to
-        raise UserError(f"{files[0]} or its labels are damaged: delete both, they come anew") from error
+        raise UserError(f"{files[0]} or its labels are damaged: delete both to fetch them again") from error
     return Data(images[:, None], labels.long())
 
 
@@ -789,6 +790,11 @@ def write_gif(path: str | Path, frames: list[Image.Image]) -> None:
         frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
+def write_log(path: str | Path, history: list[dict]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([history[-1].keys(), *(row.values() for row in history)])
+
+
 def label_panels(panels: list[tuple[str, Image.Image]], columns: int = 2) -> Image.Image:
     """Pictures side by side, each under its title: the reports' four-panel figure."""
     width, height = max(p.width for _, p in panels), max(p.height for _, p in panels)
@@ -873,117 +879,96 @@ def plot_lines(curves: dict[str, list[float]], x_label: str, y_label: str) -> Im
 
 
 # ----------------------------------------------------------------------------------- a run's folder
-
-
 def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
-    """A run's checkpoint; runs no code from it. UserError if absent, damaged or of another script."""
+    """A run's checkpoint; runs no code of it. UserError if absent, damaged or another script's."""
     path = Path(out_dir, "checkpoint.pt")
     if not path.is_file():
-        way_out = "train first, or name the run's folder with --out-dir"
-        raise UserError(f"{path}: there is no checkpoint: {way_out}")
+        raise UserError(f"{path}: there is no checkpoint: train first, or name the run's --out-dir")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign file's bytes
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes lead to
-        why = f"damaged or no checkpoint of ours, and was not loaded ({type(error).__name__})"
-        raise UserError(f"{path} is {why}") from error
-    parts = dict(format=int, script=str, options=dict, epoch=int, networks=dict, optimizers=dict)
+        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
+    parts = dict(format=int, script=str, options=dict, epoch=int, history=list, networks=dict, optimizers=dict)
     types = {k: type(v) for k, v in checkpoint.items()} if isinstance(checkpoint, dict) else {}
-    if types | dict(data=str) != parts | dict(history=list, data=str) or checkpoint["format"] != CHECKPOINT_FORMAT:
+    if dict(types, data=str) != dict(parts, data=str) or checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is no checkpoint of this version: train anew")
-    own = checkpoint["script"]
-    if script is not None and own != script:
-        raise UserError(f"{path} was written by {own}.py: sample and resume it with that script")
+    if script not in (None, checkpoint["script"]):
+        raise UserError(f"{path} was written by {checkpoint['script']}.py: use it with that script")
     return checkpoint
 
 
 def restore(parts: dict, states: dict) -> None:
-    """Give networks or optimizers their states by name; UserError when they don't fit.
-
-    How an optimizer runs is the device's matter: it keeps its own `fused` and `capturable`.
-    """
+    """Give networks or optimizers their states by name; UserError when they don't fit."""
     try:
         for name, part in parts.items():
             state = states[name]
-            if isinstance(part, torch.optim.Optimizer):
-                own = [{k: group[k] for k in ("fused", "capturable")} for group in part.param_groups]
-                groups = [stored | flags for stored, flags in zip(state["param_groups"], own)]
-                state = state | dict(param_groups=groups)
+            if isinstance(part, torch.optim.Optimizer):  # how it runs is the device's matter
+                own = {name: part.param_groups[0][name] for name in ("fused", "capturable")}
+                state = state | dict(param_groups=[group | own for group in state["param_groups"]])
             part.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        line = str(error).strip().splitlines()[0]
-        why = f"does not fit this version's networks ({line})"
-        raise UserError(f"the checkpoint {why}: train anew") from error
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"the checkpoint does not fit this version's networks ({why}): train anew") from error
 
 
-class Run:
+class Run(contextlib.ExitStack):
     """The record of a training, in its folder: log, curves, pictures, checkpoint, animation.
 
-    The folder is locked until `close`. Only the checkpoint must be written: a log or a picture that
-    can't be is one warning.
+    It keeps the folder locked. A log or a picture that can't be written is one warning.
     """
 
     def __init__(self, args: argparse.Namespace, data: Data):
+        super().__init__()
         self.args, self.folder, count = args, Path(args.out_dir), len(data.images)
         self.history = list(args.checkpoint["history"]) if args.checkpoint else []
-        self.steps, self.losses, self.warned, self.data = count // args.batch_size, [], set(), data.digest()
+        self.steps, self.data, self.losses, self.warned = count // args.batch_size, data.digest(), [], set()
         self.saved, self.saved_at = len(self.history), -math.inf  # the last saved epoch, and when
         if self.saved > args.epochs:
             raise UserError(f"the run has {self.saved} epochs already, --epochs asks for {args.epochs}")
-        batch, most = f"--batch-size {args.batch_size}", count // processes() * processes()
+        batch = f"--batch-size {args.batch_size}"
         if count < args.batch_size:
-            size = f"{count:,} images: give --batch-size {most} or less"
-            raise UserError(f"{batch} is larger than the data: {size}")
+            most = f"{count:,} images: give --batch-size {count // processes() * processes()} or less"
+            raise UserError(f"{batch} is larger than the data: {most}")
         if args.batch_size % processes():
             raise UserError(f"{batch} can't be shared evenly by {processes()} processes")
         if args.checkpoint and args.checkpoint.get("data", self.data) != self.data:
             if args.dataset != args.checkpoint["options"]["dataset"]:
-                raise UserError(f"--dataset {args.dataset} holds other images than the run's: train anew")
+                raise UserError(f"--dataset {args.dataset} holds other images than the run's")
             show_line(f"{args.script}: {args.dataset} has changed since the checkpoint: {count:,} images now")
-        self.resources = contextlib.ExitStack()
         if rank() == 0:
             self.open_folder(data.images)
         self.started = self.shown = time.perf_counter()
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.resources.close()
-
     def open_folder(self, images: Tensor) -> None:
-        """Lock it, move a run in the way aside, clear what a kill left half written, draw real images."""
+        """Lock it, move a run in the way aside, clear what a kill left, draw real images."""
         args, folder = self.args, self.folder
-        fresh = not folder.exists() or not any(folder.iterdir())
         ours = (folder / ".made").exists() or not (folder / ".lock").exists()  # not the user's own
-        self.resources.enter_context(locked(folder))
+        self.enter_context(locked(folder))
         if args.checkpoint is None and (folder / "checkpoint.pt").exists():
             load_checkpoint(folder)  # UserError if it is another program's
             if not ours or Path.cwd().is_relative_to(folder.resolve()):
-                way_out = "--resume goes on with it, --out-dir names another folder"
-                raise UserError(f"{folder} holds a run, and is not moved aside: {way_out}")
+                raise UserError(f"{folder} holds a run, and is not moved aside: --resume it or name another")
             if os.name == "nt":  # which renames no folder of an open file
-                self.resources.close()
-            names = (f"{folder.name}-{i}" for i in itertools.count(1))
-            aside = next(path for path in map(folder.with_name, names) if not path.exists())
+                self.close()
+            places = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(1))
+            aside = next(place for place in places if not place.exists())
             folder.rename(aside)
-            self.resources.close()
-            self.resources.enter_context(locked(folder))
-            fresh = True
-            earlier = f"the run that was in {folder} is now {aside}"
-            show_line(f"{args.script}: {earlier}; --resume would have continued it")
-        if fresh:
+            self.close()
+            self.enter_context(locked(folder))
+            show_line(f"{args.script}: the run that was in {folder} is now {aside}; --resume would have continued it")
+        if all(path.name == ".lock" for path in folder.iterdir()):  # new, so ours to move aside later
             (folder / ".made").touch()
-        ours = f".*.{'[0-9a-f]' * 12}.tmp"
-        for leftover in (*folder.glob(ours), *folder.glob(f"samples/{ours}")):
+        pattern = f".*.{'[0-9a-f]' * 12}.tmp"
+        for leftover in (*folder.glob(pattern), *folder.glob(f"samples/{pattern}")):
             leftover.unlink(missing_ok=True)
         size = f"{len(images):,} images, {self.steps} steps an epoch"
         show_line(f"{args.script}: {args.preset} on {args.dataset}, {size}")
         self.save_picture("real.png", grid(to_unit(images[:64].cpu())))
 
     def log(self, losses: dict[str, Tensor]) -> None:
-        """Keep a step's losses, without waiting for the device. Names carry units: "loss [nats]"."""
+        """Keep a step's losses without waiting for the device. Names carry units: "loss [nats]"."""
         self.names = list(losses)
         self.losses.append(torch.stack([loss.detach() for loss in losses.values()]))
         now = time.perf_counter()
@@ -1012,24 +997,22 @@ class Run:
             losses /= processes()
         losses = losses.cpu().double()
         for step, column in (~losses.isfinite()).nonzero().tolist():
-            what = f"{self.names[column]} is {losses[step, column]:g}"
-            self.fail(f"{what} in epoch {epoch}, step {step + 1}")
-        for name in (name for name, value in figures.items() if not math.isfinite(value)):
-            self.fail(f"{name} is {figures[name]:g} after epoch {epoch}")
+            self.fail(f"{self.names[column]} is {losses[step, column]:g} in epoch {epoch}, step {step + 1}")
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                self.fail(f"{name} is {value:g} after epoch {epoch}")
         means = dict(zip(self.names, losses.mean(0).tolist()))
         seconds = time.perf_counter() - self.started
-        rate = len(losses) * self.args.batch_size / seconds
         self.show(means | {k: v for k, v in figures.items() if k.startswith("test loss")})
         if self.history and seconds > 2.5 * min(row["seconds"] for row in self.history) + 1:
             self.warn("slow", "this epoch took 2.5 times the fastest: other work wants the cores or threads")
-        times = {"seconds": round(seconds, 3), "images per second": round(rate, 1)}
+        images = len(losses) * self.args.batch_size
+        times = {"seconds": round(seconds, 3), "images per second": round(images / seconds, 1)}
         self.history.append({"epoch": epoch, **means, **figures, **times})
         self.losses = []
 
     def fail(self, fault: str) -> NoReturn:
-        kept = "no checkpoint was written"
-        if self.saved:
-            kept = f"the checkpoint of epoch {self.saved} is kept"
+        kept = f"the checkpoint of epoch {self.saved} is kept" if self.saved else "no checkpoint was written"
         raise UserError(f"{fault}: {kept}; a lower --lr may help")
 
     def warn(self, about: str, message: str | Exception) -> None:
@@ -1044,55 +1027,39 @@ class Run:
         show_in_notebook(picture, display_id=name, update=name in self.warned)
         self.warned.add(name)
 
-    def save_picture(self, name: str, image: Tensor | Image.Image) -> None:
-        """A picture of the model's own: float (C, H, W) in [0, 1] or a Pillow image."""
+    def save_picture(self, name: str, image, write: Callable = write_picture) -> None:
+        """A by-product: float (C, H, W) in [0, 1], a Pillow image, or what `write` takes."""
         if rank() == 0:
             try:
-                write_picture(self.folder / name, image)
+                write(self.folder / name, image)
             except UserError as error:
                 self.warn(Path(name).parts[0], error)
 
     def save(self, networks: dict[str, nn.Module], optimizers: dict) -> None:
-        """Write checkpoint, log and curves, if this is the last epoch or ten seconds have passed.
-
-        The checkpoint holds tensors, numbers and strings alone, so that it loads without running
-        code. UserError if a weight is not finite.
-        """
+        """Write checkpoint, log and curves: at the end, before it at most every ten seconds."""
         epoch = len(self.history)
         if epoch == self.args.epochs or time.perf_counter() - self.saved_at > SAVE_SECONDS:
-            parts = dict(networks=networks, optimizers=optimizers)
-            states = {kind: {k: v.state_dict() for k, v in part.items()} for kind, part in parts.items()}
-            for name, state in states["networks"].items():
+            weights = {name: network.state_dict() for name, network in networks.items()}
+            for name, state in weights.items():
                 if not all(tensor.isfinite().all() for tensor in state.values()):
                     self.fail(f"the {name} has weights that are not finite after epoch {epoch}")
             if rank() == 0:
-                own = dict(script=self.args.script, options=run_options(self.args), epoch=epoch)
-                own |= dict(format=CHECKPOINT_FORMAT, history=self.history, data=self.data)
+                states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+                kept = dict(format=CHECKPOINT_FORMAT, script=self.args.script, options=run_options(self.args))
+                kept |= dict(epoch=epoch, history=self.history, data=self.data)
                 buffer = io.BytesIO()  # torch.save's own file errors hide the reason
-                torch.save(own | states, buffer)
+                torch.save(kept | dict(networks=weights, optimizers=states), buffer)
                 with replacing(self.folder / "checkpoint.pt") as temporary:
                     temporary.write_bytes(buffer.getbuffer())
-                try:
-                    self.write_log()
-                except UserError as error:
-                    self.warn("log.csv", error)
+                self.save_picture("log.csv", self.history, write_log)
+                _, *names, _, _ = self.history[-1]  # without the epoch and the times
+                curves = {name: [row[name] for row in self.history] for name in names}
+                self.save_picture("losses.png", plot_lines(curves, "epoch", "loss"))
             self.saved, self.saved_at = epoch, time.perf_counter()
         self.started = time.perf_counter()
 
-    def write_log(self) -> None:
-        path, rows = self.folder / "log.csv", self.history
-        with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[-1]))
-            writer.writeheader()
-            writer.writerows(rows)
-        _, *names, _, _ = rows[-1]  # without the epoch and the times
-        curves = {name: [row[name] for row in rows] for name in names}
-        self.save_picture("losses.png", plot_lines(curves, "epoch", "loss"))
-
     def finish(self) -> None:
         """The four-panel figure, the animation, and the last line."""
-        if rank() > 0:
-            return
         total, pictures = self.args.epochs, {}
         quarters = {max(1, round(total * part / 4)) for part in (1, 2, 3, 4)}
         moments = {1 + round(i * (total - 1) / 39) for i in range(40)}
@@ -1105,19 +1072,13 @@ class Run:
                 self.warn("samples", f"{path} can't be read: {error}")
         panels = [(f"Epoch {epoch}", pictures[epoch]) for epoch in pictures if epoch in quarters]
         frames = [pictures[epoch] for epoch in pictures if epoch in moments]
-        figure = self.folder / "progress.png"
         if panels and frames:
-            self.save_picture(figure.name, label_panels(panels))
-            try:
-                write_gif(self.folder / "progress.gif", frames)
-            except UserError as error:
-                self.warn("progress.gif", error)
-        show_line(f"{self.args.script}: done, pictures in {self.folder}: look at {figure}")
+            self.save_picture("progress.png", label_panels(panels))
+            self.save_picture("progress.gif", frames, write_gif)
+        show_line(f"{self.args.script}: done, pictures in {self.folder}: look at {self.folder / 'progress.png'}")
 
 
 # ----------------------------------------------------------------------------------------- sampling
-
-
 class Sampler(NamedTuple):
     """What a trained model offers to anyone who knows nothing about it."""
 
@@ -1126,7 +1087,7 @@ class Sampler(NamedTuple):
     generate: Callable
     parameters: int  # weights of all networks
     classes: int = 0  # labels that `generate` takes; 0 for an unconditional model
-    # (images uint8 (N, C, H, W), samples=500) -> bounds on log p(x) by name, in nats, if there are any
+    # (images uint8 (N, C, H, W), samples=500) -> bounds on log p(x) by name, in nats
     evaluate: Callable | None = None
 
 
@@ -1135,8 +1096,7 @@ def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = No
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, count, 500):
         numbers = torch.arange(start, min(start + 500, count))
-        latents = torch.randn(500, sampler.latent_size, generator=generator)
-        latents = latents[: len(numbers)].to(device)
+        latents = torch.randn(500, sampler.latent_size, generator=generator)[: len(numbers)].to(device)
         labels = None
         if sampler.classes:
             labels = numbers % sampler.classes if label is None else torch.full_like(numbers, label)
@@ -1154,33 +1114,30 @@ def sample(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> 
         raise UserError(f"--to {target}: there is a {'folder' if as_grid else 'file'} of that name")
     if as_grid and count > 10_000:
         raise UserError("a grid shows at most 10,000 images: --to FOLDER writes any number")
-    label = getattr(args, "label", None)
-    chunks, digits, written = draw(sampler, count, args.seed, device, label), max(5, len(str(count - 1))), 0
+    label, digits = getattr(args, "label", None), max(5, len(str(count - 1)))
 
-    def name(i: int) -> str:
+    def place(i: int) -> Path:
         """00000.png and on; labelled images in a sub-folder a class."""
         kind = i % sampler.classes if sampler.classes and label is None else label
-        return f"{i:0{digits}}.png" if kind is None else os.path.join(str(kind), f"{i:0{digits}}.png")
+        return target / ("" if kind is None else str(kind)) / f"{i:0{digits}}.png"
 
     for path in target.rglob("*"):
-        known = path.stem.isdecimal() and int(path.stem) < count and target / name(int(path.stem)) == path
+        known = path.stem.isdecimal() and int(path.stem) < count and place(int(path.stem)) == path
         if not known and not path.is_dir():
             raise UserError(f"--to {target} holds other files, such as {path.name}: name an empty folder")
-    progress, picture, columns = Progress(count, "images"), None, math.ceil(math.sqrt(count))
-    for images, _ in chunks:
+    progress, columns, written = Progress(count, "images"), math.ceil(math.sqrt(count)), 0
+    for images, _ in draw(sampler, count, args.seed, device, label):
+        width, height = images.shape[3] + 2, images.shape[2] + 2
         for image in map(to_picture, images):
+            if as_grid and written == 0:
+                picture = Image.new(image.mode, (columns * width + 2, math.ceil(count / columns) * height + 2))
             if as_grid:
-                width, height = image.width + 2, image.height + 2
-                if picture is None:
-                    size = columns * width + 2, -(-count // columns) * height + 2
-                    picture = Image.new(image.mode, size)
-                place = written % columns * width + 2, written // columns * height + 2
-                picture.paste(image, place)
+                picture.paste(image, (written % columns * width + 2, written // columns * height + 2))
             else:
-                write_picture(target / name(written), image)
+                write_picture(place(written), image)
             written += 1
         progress.update(written)
-    if picture:
+    if as_grid:
         write_picture(target, picture)
         show_in_notebook(picture)
     show_line(f"{args.script}: {count:,} images in {target}; another --seed draws others")
