@@ -82,8 +82,9 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder: SQLite locks on every system, until a process ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(sqlite3.connect(folder / ".lock", timeout=0)) as lock:
+    with contextlib.ExitStack() as stack:
         try:
+            lock = stack.enter_context(contextlib.closing(sqlite3.connect(folder / ".lock", timeout=0)))
             lock.execute("PRAGMA journal_mode = MEMORY")  # no second file
             lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
@@ -538,8 +539,8 @@ def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
     found = next(data_dir.glob(f"*-{digest}-{size}.images"), None)  # made here, or before a move
     if found:
         cache, count, told = found, found.stat().st_size // (3 * size * size), " (cached)"
-        if count < len(names):
-            told += f"; skipped {len(names) - count:,} files"
+        if (broken := sum(map(claims_a_picture, names)) - count) > 0:
+            told += f"; skipped {broken:,} files"
     else:
         count, told = build_cache(cache, folder, names, size)
         for earlier in {*data_dir.glob(f"*-{place}-{'?' * len(digest)}-{size}.images")} - {cache}:
@@ -618,10 +619,14 @@ def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
     workers = min(workers, os.cpu_count() or 1, 8)  # each holds the libraries: about 0.2 GB
     how = dict(num_workers=workers, multiprocessing_context="spawn") if workers else {}
     loader = DataLoader(items, 16, collate_fn=function, **how)
-    with contextlib.suppress(ValueError):  # so that Ctrl-C ends this process alone, which ends them
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    masks = workers and hasattr(signal, "pthread_sigmask")
+    if masks:  # the workers inherit it: Ctrl-C ends this process, which tells of it and ends them
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
         loader = iter(loader)
-        signal.signal(signal.SIGINT, handler)
+    finally:
+        if masks:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         for results in loader:
             yield from results
@@ -648,7 +653,12 @@ def decode_file(path: Path, size: int) -> bytearray | str | OSError | None:
             return str(error)[:80]
     if kind and kind not in IMAGE_FORMATS:
         return f"{kind} is not read"
-    return "no image" if kind or not path.suffix else None
+    return "no image" if claims_a_picture(path.name) else None
+
+
+def claims_a_picture(name: str) -> bool:
+    suffix = Path(name).suffix.lower()
+    return not suffix or suffix in Image.registered_extensions()
 
 
 def open_picture(source: Path | bytes, size: int = 0) -> Image.Image:
@@ -666,7 +676,7 @@ def open_picture(source: Path | bytes, size: int = 0) -> Image.Image:
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise ValueError("too large") from None
         except Image.UnidentifiedImageError:
-            raise ValueError("no image" if file.seek(0, os.SEEK_END) else "empty") from None
+            reason = "no image" if file.seek(0, os.SEEK_END) else "empty"
         except Exception as error:  # a damaged file raises whatever its bytes lead to
             if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
                 raise
@@ -1051,15 +1061,19 @@ class Run(contextlib.ExitStack):
                 torch.save(kept | dict(networks=weights, optimizers=states), buffer)
                 with replacing(self.folder / "checkpoint.pt") as temporary:
                     temporary.write_bytes(buffer.getbuffer())
-                self.save_picture("log.csv", self.history, write_log)
-                _, *names, _, _ = self.history[-1]  # without the epoch and the times
-                curves = {name: [row[name] for row in self.history] for name in names}
-                self.save_picture("losses.png", plot_lines(curves, "epoch", "loss"))
+                self.save_log()
             self.saved, self.saved_at = epoch, time.perf_counter()
         self.started = time.perf_counter()
 
+    def save_log(self) -> None:
+        self.save_picture("log.csv", self.history, write_log)
+        _, *names, _, _ = self.history[-1]  # without the epoch and the times
+        curves = {name: [row[name] for row in self.history] for name in names}
+        self.save_picture("losses.png", plot_lines(curves, "epoch", "loss"))
+
     def finish(self) -> None:
-        """The four-panel figure, the animation, and the last line."""
+        """The four-panel figure, the animation, and the last line. The log too: a kill may have left it behind."""
+        self.save_log()
         total, pictures = self.args.epochs, {}
         quarters = {max(1, round(total * part / 4)) for part in (1, 2, 3, 4)}
         moments = {1 + round(i * (total - 1) / 39) for i in range(40)}
