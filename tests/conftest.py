@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -213,6 +214,7 @@ class Script:
 
 def run_forked(words: list[str], cwd: Path, environment: dict, output: list[str]) -> None:
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     os.environ |= environment
     os.chdir(cwd)
     for number, name in enumerate(output, start=1):

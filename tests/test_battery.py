@@ -226,6 +226,7 @@ def kill_and_resume(name: str, numbers: list[int], folder: Path) -> None:
         if status == 0:  # it was through before: once more, and sooner
             shutil.rmtree(killed)
             length *= 0.8
+            assert length > 1e-3, "no signal reaches it"
         elif numbers.pop(0) == signal.SIGKILL:
             assert status == -signal.SIGKILL
         else:

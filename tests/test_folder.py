@@ -413,7 +413,7 @@ def test_two_builders_at_once_and_one_that_is_killed(folder):
 
 
 @pytest.mark.full
-def test_an_interrupt_while_processes_decode_is_one_line_and_leaves_nothing(folder):
+def test_an_interrupt_while_processes_decode_is_one_line_and_leaves_no_half_file(folder):
     paint(folder, 2000)
     options = ["--dataset", folder, "--image-size", 32, "--data-dir", folder.parent / "data"]
     for seconds in (0, 0.5, 1, 3, 5):  # while they start, and while they decode
@@ -424,7 +424,10 @@ def test_an_interrupt_while_processes_decode_is_one_line_and_leaves_nothing(fold
         run.process.join(seconds)
         run.interrupt(signal.SIGINT) if seconds < 5 else run.process.terminate()
         assert run.finish() == 130 and run.err.count("\n") == 1 and "interrupted" in run.err, run.err
-        assert not list(folder.parent.glob("data/.*")) and not caches(folder)
+        assert not list(folder.parent.glob("data/.*"))
+        for cache in caches(folder):  # the signal came later
+            assert cache.stat().st_size == 2000 * 3 * 32 * 32
+            cache.unlink()
 
 
 @pytest.mark.full
