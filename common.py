@@ -620,18 +620,21 @@ def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
     how = dict(num_workers=workers, multiprocessing_context="spawn") if workers else {}
     loader = DataLoader(items, 16, collate_fn=function, **how)
     masks = workers and hasattr(signal, "pthread_sigmask")
-    if masks:  # the workers inherit it: Ctrl-C ends this process, which tells of it and ends them
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
+        if masks:  # the workers inherit it: Ctrl-C ends this process, which tells of it and ends them
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         loader = iter(loader)
-    finally:
         if masks:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    try:
         for results in loader:
             yield from results
+        return
     except RuntimeError as error:
         raise UserError(f"lost a process that decodes, perhaps out of memory: {error}") from error
+    except KeyboardInterrupt:
+        pass  # here, so that no traceback holds the loader
+    loader = None  # which ends its processes now, and not as failures when this one exits
+    raise KeyboardInterrupt
 
 
 def decode_files(names: list[str], folder: Path, size: int) -> list:

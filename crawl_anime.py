@@ -50,7 +50,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import common
+try:
+    import common
+except ModuleNotFoundError as error:
+    raise SystemExit(f"crawl_anime.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
 
 AGENT = "crawl_anime"  # the name that a robots.txt can address
 TRIES, REDIRECTS = 5, 5
