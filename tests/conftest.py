@@ -208,7 +208,9 @@ class Script:
     def finish(self) -> int:
         """Wait for the end: the exit status, minus the signal's number if it was killed."""
         self.process.join(120)
-        assert self.process.exitcode is not None, "still running after two minutes"
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError("still running after two minutes")
         return self.process.exitcode
 
 
