@@ -108,7 +108,10 @@ def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, n
             real_logits, fake_logits = discriminator(both).float().chunk(2)
         loss_of_discriminator = discriminator_loss(real_logits, fake_logits)
         # The discriminator's mean probability of "real", for real and for generated images.
-        probabilities = {"D(x)": real_logits.sigmoid().mean(), "D(G(z))": fake_logits.sigmoid().mean()}
+        probabilities = {
+            "D(x)": real_logits.detach().sigmoid().mean(),
+            "D(G(z))": fake_logits.detach().sigmoid().mean(),
+        }
         common.descend(loss_of_discriminator, optimizers["discriminator"])  # gradients and Adam, for this player alone
 
         with autocast:

@@ -45,6 +45,18 @@ torch 2.14.1, float32:
     vae-banerjee-conv          128       427       332   1.29    1.5       9%
     cvaegan                    128     1,328       440   3.02    2.0      27%
 
+With the digits' network as it is now (both tables above have the former one). AMD EPYC (Zen 3), 2 cores, torch 2.14.1,
+float32, `--seconds 6`; the faces were not timed in it:
+
+    gan-guo                    100    13,399     3,603   3.72    2.8      32%
+    gan-banerjee               128     8,804     3,137   2.81    1.0      37%
+    dcgan-guo                  128     1,599       902   1.77    2.2      15%
+    dcgan-banerjee             128       197       146   1.35    1.7      10%
+    vae-guo                    128    36,075     6,962   5.18    2.5      52%
+    vae-banerjee-linear         64    13,515     4,683   2.89    1.8      50%
+    vae-banerjee-conv          128       348       308   1.13    1.5       9%
+    cvaegan                    128     1,847       551   3.36    2.0      24%
+
 A step of the faces takes 2.27 GFLOP an image, the conventional one 2.48 (torch's own count). 73 images a second are 166
 GFLOP/s, and a product of 4096x4096 matrices reached 150 there: in float32 nothing near 2.5 times can be had. That
 machine's speed varies by a third from minute to minute. The share outside products is the median of five rounds; in the
