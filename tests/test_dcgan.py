@@ -66,6 +66,17 @@ def test_the_network_for_digits_follows_the_reports_rules():
     ]
 
 
+@pytest.mark.parametrize("size", [28, 32, 64, 128])
+def test_no_layer_pools_or_connects_all_and_each_logit_sees_every_pixel(size):
+    torch.manual_seed(0)
+    networks = dcgan.build(options("faces" if size > 28 else "digits", image_size=size, features=8))
+    kinds = {type(layer) for network in networks.values() for layer in network.modules()}
+    assert not [kind for kind in kinds if "Pool" in kind.__name__ or kind is nn.Linear]
+    images = torch.randn(1, 3 if size > 28 else 1, size, size, requires_grad=True)
+    (gradient,) = torch.autograd.grad(networks["discriminator"].eval()(images).sum(), images)
+    assert (gradient != 0).all()
+
+
 def parameters_of(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
