@@ -619,7 +619,7 @@ def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
     workers = min(workers, os.cpu_count() or 1, 8)  # each holds the libraries: about 0.2 GB
     how = dict(num_workers=workers, multiprocessing_context="spawn") if workers else {}
     loader = DataLoader(items, 16, collate_fn=function, **how)
-    masks = workers and hasattr(signal, "pthread_sigmask")
+    masks, interrupted = workers and hasattr(signal, "pthread_sigmask"), False
     try:
         if masks:  # the workers inherit it: Ctrl-C ends this process, which tells of it and ends them
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -628,13 +628,17 @@ def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for results in loader:
             yield from results
-        return
     except RuntimeError as error:
         raise UserError(f"lost a process that decodes, perhaps out of memory: {error}") from error
     except KeyboardInterrupt:
-        pass  # here, so that no traceback holds the loader
-    loader = None  # which ends its processes now, and not as failures when this one exits
-    raise KeyboardInterrupt
+        interrupted = True  # and no traceback holds the loader
+    if masks:  # an interrupt within a destructor would be lost
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    loader = None  # ends its processes now, and not as failures when this one exits
+    if masks:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def decode_files(names: list[str], folder: Path, size: int) -> list:
