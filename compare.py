@@ -9,18 +9,16 @@ no test images: a random half of it is measured against. In the row "real images
 half) take the place of samples. A perfect model would get that row's figures.
 
     parameters     weights of all networks
-    epochs         epochs trained; "40 of 100" if the run has not reached the number it was asked for
-    minutes        duration of the training
-    images/s       speed of the training, median of its epochs
+    epochs         of the training; "40 of 100" if it has not reached the number it was asked for
+    minutes        of the training; images/s is the median of its epochs
     Frechet        distance of the features of samples and real images, in percent of the real features' variance: 0 is
                    perfect, 100 is a model that repeats one image with average features (Heusel et al. 2017)
-    precision      share of the samples that lie among real images: quality (Kynkäänniemi et al. 2019)
-    recall         share of the real images that lie among samples: variety. Both take 5,000 images of each side. One
-                   image lies among others if it is nearer to one of those than that one's third neighbour is.
+    precision      share of the samples that lie among real images: quality (Kynkäänniemi et al. 2019, of 5,000 each)
+    recall         share of the real images that lie among samples: variety. An image lies among others if it is nearer
+                   to one of them than that one's third neighbour is.
     classes        classes that get at least a tenth of their real share of the samples
     KL [nats]      divergence of the samples' shares of the classes from the real ones: 0 is perfect
-    Wasserstein    sliced Wasserstein distance of 7x7 patches at every scale, times 1,000 (Karras et al. 2018); folders
-                   of images only
+    Wasserstein    sliced distance of 7x7 patches at every scale, times 1,000; folders only (Karras et al. 2018)
     sharpness      slope of the edges, over that of real images: below 1 is blurred
     noise          size of pixels brighter or darker than all around, over that of real images: above 1 is speckled
     walk           evenness of 16 steps between two latents, in features: 1 if all are equal, 1/16 for one jump
@@ -29,11 +27,10 @@ half) take the place of samples. A perfect model would get that row's figures.
     bound [nats]   importance-weighted lower bound, a tighter one: the ELBO plus the gap between both on 250 test images
 
 Features are those of the judge, a small network. It is trained once on the training images and kept in the data folder:
-105 seconds on 2 cores with bfloat16 (AMD EPYC, Zen 4), 205 without (Intel Xeon, Ice Lake). With labels it classifies,
-99.4 % of MNIST's test images right. It learns from badly drawn images too, so that it takes no blur or speckle for
-another class. Without labels it learns to know an image by any crop of it (Chen et al. 2020), at 32x32 pixels: it tells
-whether poses, colours and layouts are real and varied, and sees no fine detail. Wasserstein and sharpness see fine
-detail and no layout. Figures of two judges, or of two data sets, can't be compared.
+105 seconds on 2 cores with bfloat16 (AMD EPYC, Zen 4), 205 without (Intel Xeon, Ice Lake). With labels it classifies
+images, sound and badly drawn: 99.4 % of MNIST's test images right. Without labels it learns to know an image by any
+crop of it (Chen et al. 2020), at 32x32 pixels: it sees poses, colours and layouts, and no fine detail. Wasserstein and
+sharpness see fine detail and no layout. Figures of two judges, or of two data sets, can't be compared.
 
 --grid trains every combination of the values, each in a folder of its own under grids/, and ranks them by Frechet
 distance. The same command goes on with an interrupted grid.
@@ -50,11 +47,10 @@ order: the judge, the measures, the table of a data set, a run's folder, what is
 import contextlib
 import csv
 import glob
-import hashlib
 import importlib
+import io
 import itertools
 import json
-import math
 import os
 import shlex
 import statistics
@@ -168,9 +164,8 @@ def train_judge(data: common.Data, device: torch.device, autocast: torch.autocas
 
 def load_judge(path: Path, data: common.Data, device: torch.device, autocast: torch.autocast) -> nn.Sequential:
     """The judge of a data set, kept as `path`; trained anew when its settings or the images change."""
-    thousand = data.images[:: math.ceil(len(data.images) / 1000)].contiguous()
-    images = f"{list(data.images.shape)} {hashlib.sha256(thousand.numpy().tobytes()).hexdigest()}"
-    settings = JUDGE | dict(images=images, steps=min(MOST_STEPS, max(LEAST_STEPS, len(data.images) // 50)))
+    steps = min(MOST_STEPS, max(LEAST_STEPS, len(data.images) // 50))
+    settings = JUDGE | dict(images=data.digest(), steps=steps)
     with contextlib.suppress(Exception):  # absent, or damaged in any way: it can always be made again
         kept = torch.load(path, map_location=device, weights_only=True)
         if kept["settings"] == settings:
@@ -178,7 +173,7 @@ def load_judge(path: Path, data: common.Data, device: torch.device, autocast: to
             common.restore({"judge": judge}, kept["networks"])
             return judge.eval()
     print(f"training the judge, once: it is kept as {path}", flush=True)
-    judge = train_judge(data, device, autocast, settings["steps"])
+    judge = train_judge(data, device, autocast, steps)
     try:
         with common.replacing(path) as temporary:
             torch.save(dict(settings=settings, networks={"judge": judge.state_dict()}), temporary)
@@ -300,8 +295,7 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, per_image: int = 16) -> float
 class Table:
     """A data set's judge and real images, and a row of figures for each run. The row of real images is the first."""
 
-    def __init__(self, origin: "Origin", device: torch.device, autocast: torch.autocast):
-        dataset, size, data_dir = origin
+    def __init__(self, dataset: str, size: int | None, data_dir: str, device: torch.device, autocast: torch.autocast):
         self.name, self.device = Path(dataset).name + (f"-{size}" if size else ""), device
         train = test = common.load_data(dataset, data_dir, size=size)
         if len(train.images) < 20:
@@ -320,8 +314,7 @@ class Table:
         self.images = test.images[test_order]  # uint8 (N, C, H, W)
         self.features, classes = judge_images(self.judge, self.images, device)  # (N, 128), (N,)
         self.slope, self.speckle = texture(self.images)
-        labels = self.shares = self.accuracy = None
-        kind = "images"
+        labels, self.shares, self.accuracy, kind = None, None, None, "images"
         if train.labels is not None:
             labels = train.labels[train_order]
             self.shares = classes.bincount(minlength=10).clamp(min=1) / len(classes)  # as the judge sees them
@@ -378,19 +371,11 @@ def scripts() -> set[str]:
     return {file.stem for file in files if b"\ndef load_sampler(" in file.read_bytes()}
 
 
-class Origin(NamedTuple):
-    """Where the images are that a run was trained on."""
-
-    dataset: str
-    size: int | None  # of a folder's images
-    data_dir: str
-
-
 class Measurable(NamedTuple):
     """A run that can be measured."""
 
-    origin: Origin
-    digest: str | None  # of the images that it was trained on; earlier versions kept none
+    origin: tuple[str, int | None, str]  # of its images: data set, side in pixels if a folder's, data folder
+    digest: str | None  # of its images; earlier versions kept none
     sampler: common.Sampler
     row: dict
 
@@ -411,15 +396,11 @@ def load_run(folder: str | Path, args: Namespace, device: torch.device) -> Measu
         row["images/s"] = statistics.median(epoch["images per second"] for epoch in history)
         if len(history) < options["epochs"]:
             row["epochs asked"] = options["epochs"]
-        is_folder = options["dataset"] not in common.LABELLED
-        dataset, size = options["dataset"], options["image_size"] if is_folder else None
-        if args.dataset and is_folder:
-            dataset = common.absolute_path(args.dataset)
+        size = None if options["dataset"] in common.LABELLED else options["image_size"]
+        dataset = common.absolute_path(args.dataset) if args.dataset and size else options["dataset"]
         data_dir = args.data_dir or options.get("data_dir", "data")
-        if not Path(data_dir).is_dir():  # of another machine
-            data_dir = "data"
-        origin = Origin(str(dataset), size, data_dir)
-        return Measurable(origin, checkpoint.get("data"), sampler, row)
+        data_dir = data_dir if Path(data_dir).is_dir() else "data"  # the run's is of another machine
+        return Measurable((dataset, size, data_dir), checkpoint.get("data"), sampler, row)
     except Exception as error:  # a damaged checkpoint raises whatever its contents lead to
         why = f"{type(error).__name__}: {error}"
         raise common.UserError(f"{folder}: the checkpoint is damaged or of another version ({why})") from error
@@ -444,10 +425,10 @@ def compare(folders: list, args: Namespace, device: torch.device, autocast: torc
             run.row["run"] = str(folder)
         known = run.digest or run.origin
         if known not in tables:
-            tables[known] = Table(run.origin, device, autocast)
+            tables[known] = Table(*run.origin, device, autocast)
         if run.digest not in (None, tables[known].digest):
             way_out = "name the place of its own with --data-dir or --dataset"
-            raise common.UserError(f"{folder} was trained on other images than {run.origin.dataset}: {way_out}")
+            raise common.UserError(f"{folder} was trained on other images than {run.origin[0]}: {way_out}")
         print(f"compare: measuring {run.row['run']}, {i} of {len(runs)}", flush=True)
         tables[known].add(run.sampler, run.row, args.samples)
     return list(tables.values())
@@ -493,14 +474,14 @@ def report(tables: list[Table], args: Namespace) -> None:
     common.write_picture(f"{args.to}.png", common.label_panels([panel(row) for row in rows], columns=1))
     judges = {table.name: table.accuracy for table in tables}
     results = dict(samples=args.samples, torch=torch.__version__, judge_accuracy=judges, rows=rows)
-    for suffix, content in (("md", text), ("json", json.dumps(results, indent=1) + "\n")):
+    names = dict.fromkeys(["dataset", "run", *COLUMNS, *itertools.chain(*rows)])
+    writer = csv.DictWriter(sheet := io.StringIO(), names)
+    writer.writeheader()
+    writer.writerows(rows)
+    contents = {"md": text, "csv": sheet.getvalue(), "json": json.dumps(results, indent=1) + "\n"}
+    for suffix, content in contents.items():
         with common.replacing(f"{args.to}.{suffix}") as path:
-            path.write_text(content, encoding="utf-8", errors="backslashreplace")
-    how = dict(encoding="utf-8", errors="backslashreplace", newline="")
-    with common.replacing(f"{args.to}.csv") as path, open(path, "w", **how) as file:
-        writer = csv.DictWriter(file, dict.fromkeys(["dataset", "run", *COLUMNS, *itertools.chain(*rows)]))
-        writer.writeheader()
-        writer.writerows(rows)
+            path.write_bytes(content.encode(errors="backslashreplace"))
     print(f"compare: written to {args.to}.md, .csv, .json and .png: look at {args.to}.png")
 
 
@@ -514,7 +495,7 @@ def list_trials(script: str, args: Namespace) -> dict[Path, tuple[str, list[str]
         else:
             options.setdefault(name, []).append(word)
     own = [name for name in ("--out-dir", "--resume", "--sample", "--evaluate") if name in options]
-    if misplaced := [*options.get("", []), *own, *options.get("--dataset", [])[1:]]:
+    if misplaced := options.get("", []) + own:
         rule = "it trains whole runs of its own on one data set: name no others; options must follow the script"
         raise common.UserError(f"{misplaced[0]!r} has no place in a grid: {rule}")
     seeds = options.pop("--seed", ["0"])

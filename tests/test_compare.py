@@ -383,8 +383,7 @@ def test_folder_runs_are_measured_without_labels(fifth, quick, monkeypatch):
     monkeypatch.setattr(compare, "LEAST_STEPS", 4)
     monkeypatch.setattr(compare, "MOST_STEPS", 4)
     sampler = common.Sampler(4, lambda z, y=None: common.to_unit(faces[: len(z)]), 1)
-    origin = compare.Origin("/elsewhere/faces", 32, "data")
-    run = compare.Measurable(origin, None, sampler, dict(run="faces", parameters=1))
+    run = compare.Measurable(("/elsewhere/faces", 32, "data"), None, sampler, dict(run="faces", parameters=1))
     monkeypatch.setattr(compare, "load_run", lambda *_: run)
     measure, measured = compare.Table.measure, []
 
