@@ -20,11 +20,13 @@ import shutil
 import signal
 import sqlite3
 import sys
+import threading
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -264,14 +266,12 @@ def processes() -> int:
 def choose_device(args: argparse.Namespace) -> torch.device:
     """The device that `--device` names; UserError if it is absent. Joins torchrun's processes."""
     try:
-        if not hasattr(torch, "accelerator"):
-            raise ImportError(f"torch is older than 2.6: {torch.__version__}")
         importlib.import_module("torchvision")
         ImageFont.load_default(size=12)  # which needs FreeType
+        best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     except Exception as error:  # libraries that don't fit each other raise anything
         why = str(error).strip().splitlines()[0]
         raise UserError(f"{why}: pip install -r requirements.txt mends it") from error
-    best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     kind = best if args.device == "auto" else args.device
     if kind not in ("cpu", best):
         raise UserError(f"--device {kind}: this machine has {best}; --device auto takes it")
@@ -618,26 +618,38 @@ def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
     """All results, in order, of function(part) -> list for parts of items, in up to 8 processes."""
     workers = min(workers, os.cpu_count() or 1, 8)  # each holds the libraries: about 0.2 GB
     how = dict(num_workers=workers, multiprocessing_context="spawn") if workers else {}
-    loader = DataLoader(items, 16, collate_fn=function, **how)
-    masks, interrupted = workers and hasattr(signal, "pthread_sigmask"), False
+    loader, interrupted = DataLoader(items, 16, collate_fn=function, **how), False
     try:
-        if masks:  # the workers inherit it: Ctrl-C ends this process, which tells of it and ends them
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        loader = iter(loader)
-        if masks:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        for results in loader:
+        with interrupts_wait():
+            parts = iter(loader)
+        for results in parts:
             yield from results
     except RuntimeError as error:
         raise UserError(f"lost a process that decodes, perhaps out of memory: {error}") from error
     except KeyboardInterrupt:
-        interrupted = True  # and no traceback holds the loader
-    if masks:  # an interrupt within a destructor would be lost
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    loader = None  # ends its processes now, and not as failures when this one exits
-    if masks:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        interrupted = True  # and no traceback holds the processes
+    with interrupts_wait():
+        parts = None  # ends them now, and not as failures when this process exits
     if interrupted:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C takes effect at the end. Processes that are started within never get it."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    came = []
+    resource_tracker.ensure_running()  # its start would unblock signals
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))  # of threads that don't block it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes inherit that
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+    if came:
         raise KeyboardInterrupt
 
 

@@ -304,7 +304,8 @@ def test_libraries_that_do_not_fit_are_told_before_any_work(monkeypatch, refusal
             gan.train(gan.parse_args(["--dataset", "digits"]))
         assert str(error) in str(told.value) and "requirements.txt" in str(told.value)
     monkeypatch.delattr(torch, "accelerator")
-    assert "torch is older than 2.6" in refusal("gan", "--dataset", "digits")
+    line = refusal("gan", "--dataset", "digits")
+    assert "accelerator" in line and "requirements.txt" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -412,7 +412,7 @@ def test_two_builders_at_once_and_one_that_is_killed(folder):
     assert len(list(data.glob(".*.tmp"))) == 1  # the killed one's, until it is an hour old
 
 
-@pytest.mark.soak  # by chance an interrupt is still lost while workers start: see the moments it tries
+@pytest.mark.full
 def test_an_interrupt_while_processes_decode_is_one_line_and_leaves_no_half_file(folder):
     paint(folder, 2000)
     options = ["--dataset", folder, "--image-size", 32, "--data-dir", folder.parent / "data"]
