@@ -69,16 +69,20 @@ first table one profile was set against the best step, which gives lower figures
     images in a mapped cache, in memory: 10 thousand, 100 thousand, 1 million      0.8, 0.8, 3.2 microseconds an image
     processes of one thread, gan.py --preset banerjee, batch 1,024: 1, 2           13,484, 19,305 images/s
 
---busy on two cores, torch 2.14, milliseconds a step. OpenMP's threads spin at every barrier, so that one other busy
-process costs not half of two cores but two thirds to four fifths:
+--busy on two cores of an AMD EPYC (Zen 3), torch 2.14.1, milliseconds a step. OpenMP's threads spin at every barrier, so
+that one other busy process costs not half of two cores but two thirds and more:
 
                                                          gan-guo   vae-guo   cvaegan dcgan-guo
-    idle, as started                                         8.8       5.7        90        72
-    idle, OMP_WAIT_POLICY=PASSIVE                           10.9       6.5       123        97
-    idle, OMP_NUM_THREADS=1                                 12.2       7.7       147       131
-    beside one busy process, as started                     37.0      13.0       244       206
-    beside one busy process, OMP_WAIT_POLICY=PASSIVE        17.2       8.6       158       146
-    beside one busy process, OMP_NUM_THREADS=1              11.0       6.5       157       141
+    idle, as started                                         6.3       3.9      73.3      83.9
+    idle, OMP_WAIT_POLICY=PASSIVE                            7.1       4.5      77.9      88.4
+    idle, OMP_NUM_THREADS=1                                  9.3       5.4     119.7     153.5
+    beside one busy process, as started                     17.5      14.1     206.6     269.6
+    beside one busy process, OMP_WAIT_POLICY=PASSIVE        10.5       6.4     122.2     160.1
+    beside one busy process, OMP_NUM_THREADS=1               8.3       5.0     117.8     144.1
+
+No setting is both within 5 % on an idle machine and within 1.3 times of one thread on a busy one, for all four. Nearest
+is GOMP_SPINCOUNT=300, with the same bits: idle 5.9, 3.5 and 81.5 where as started gave 5.5, 3.4 and 80.2 just before;
+busy 11.1, 7.0 and 166 where one thread gave 8.7, 5.2 and 153. With 1,000 busy took 13.3, with 100 idle took 6.6.
 
 Nothing here has been measured on a GPU yet.
 """
