@@ -69,8 +69,8 @@ first table one profile was set against the best step, which gives lower figures
     images in a mapped cache, in memory: 10 thousand, 100 thousand, 1 million      0.8, 0.8, 3.2 microseconds an image
     processes of one thread, gan.py --preset banerjee, batch 1,024: 1, 2           13,484, 19,305 images/s
 
---busy on two cores of an AMD EPYC (Zen 3), torch 2.14.1, milliseconds a step. OpenMP's threads spin at every barrier, so
-that one other busy process costs not half of two cores but two thirds and more:
+--busy on two cores of an AMD EPYC (Zen 3), torch 2.14.1, milliseconds a step. Threads of OpenMP spin at every barrier,
+so that one other busy process costs not half of two cores but two thirds and more:
 
                                                          gan-guo   vae-guo   cvaegan dcgan-guo
     idle, as started                                         6.3       3.9      73.3      83.9
