@@ -3,11 +3,20 @@
     python tests/study.py --data-dir data --out-dir runs                # resumes whatever was stopped
     python tests/study.py --data-dir data --out-dir runs --epochs 2     # a rehearsal
     python tests/study.py --figure runs/gan runs/vae --to figure.png    # samples of trained runs, side by side
+    python tests/study.py --claims runs/*mnist*                         # what the reports say and no table column shows
 
 Prints seconds and images per second of each training from its log, and ends with compare.py's table of all of them.
+
+--claims prints a line a run on a data set with classes, by the judge of compare.py:
+
+    unsure   share of 10,000 samples whose class has less than 0.9 of the judge's trust, that of real test images,
+             and the commonest pairs of classes among those samples
+    kept     share of the 64 fixed latents whose pictures after two epochs show the same class
+    morphs   CVAE-GAN: evenness of the way from each class to the next, latent and label together (as compare.py's walk)
 """
 
 import argparse
+import collections
 import csv
 import importlib
 import sys
@@ -21,6 +30,7 @@ from PIL import Image  # noqa: E402
 
 import common  # noqa: E402
 import compare  # noqa: E402
+import cvaegan  # noqa: E402
 from tests.bench import TRAININGS  # noqa: E402
 
 
@@ -38,6 +48,48 @@ def draw_figure(folders: list[str]) -> Image.Image:
     return common.label_panels(panels, columns=len(panels))
 
 
+@torch.no_grad()
+def measure_claims(folder: str, options: argparse.Namespace) -> str:
+    """The line of a run for --claims."""
+    device, args = torch.device("cpu"), compare.parse_args([folder, "--data-dir", options.data_dir])
+    run, checkpoint = compare.load_run(folder, args, device), common.load_checkpoint(folder)
+    dataset, epochs = checkpoint["options"]["dataset"], len(checkpoint["history"])
+    if dataset not in common.LABELLED:
+        return f"{run.row['run']}: a data set without classes"
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
+    train, test = (common.load_data(dataset, options.data_dir, train=part) for part in (True, False))
+    judge = compare.load_judge(Path(options.data_dir, f"judge-{dataset}.pt"), train, device, autocast)
+
+    def trust(images: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 1, 28, 28) to the probabilities of the classes (N, 10)."""
+        return torch.cat([judge(common.to_unit(chunk)).softmax(1) for chunk in images.split(500)])
+
+    samples = torch.cat([images for images, _ in common.draw(run.sampler, 10_000, 0, device)])
+    most, classes = trust(samples).topk(2)
+    unsure = most[:, 0] < 0.9
+    real = (trust(test.images).amax(1) < 0.9).double().mean()
+    pairs = collections.Counter(tuple(sorted(pair)) for pair in classes[unsure].tolist()).most_common(3)
+    told = ", ".join(f"{one} or {other}: {count}" for (one, other), count in pairs)
+    line = f"unsure {unsure.double().mean():.1%} (real {real:.1%}; {told})"
+
+    shown = {}
+    for epoch in {max(1, epochs // 20), max(1, epochs // 2), max(1, epochs - 1), epochs}:
+        with Image.open(Path(folder, f"samples/epoch-{epoch:04}.png")) as picture:
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, -1)
+        tiles = pixels[2:, 2:].unfold(0, 28, 30).unfold(1, 28, 30).reshape(-1, 1, 28, 28)
+        shown[epoch] = trust(tiles).argmax(1)
+    kept = [f"{epoch}-{epochs}: {(shown[epoch] == shown[epochs]).double().mean():.2f}" for epoch in sorted(shown)[:-1]]
+    line += f"; kept {', '.join(kept)}"
+
+    if checkpoint["script"] == "cvaegan":
+        networks = cvaegan.load_networks(checkpoint, device)
+        real = cvaegan.load_test_images(argparse.Namespace(dataset=dataset, data_dir=options.data_dir))
+        morphs = cvaegan.draw_morphs(networks, real, compare.STEPS + 1).flatten(0, 1)
+        features, _ = compare.judge_images(judge, common.to_bytes(morphs), device)
+        line += f"; morphs {compare.evenness(features.view(10, compare.STEPS + 1, -1)):.3f}"
+    return f"{run.row['run']}: {line}"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"trainings to run, of {', '.join(TRAININGS)} (all)")
@@ -45,10 +97,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out-dir", default="runs", help="folder of the run folders (runs)")
     parser.add_argument("--epochs", type=common.number(int, 1), help="epochs of each (the reports')")
     parser.add_argument("--figure", nargs="+", metavar="RUN", help="train nothing: draw samples of these runs")
+    parser.add_argument("--claims", nargs="+", metavar="RUN", help="train nothing: measure claims on these runs")
     parser.add_argument("--to", default="figure.png", help="picture that --figure writes (figure.png)")
     options = parser.parse_args(argv)
     if options.figure:
         common.write_picture(options.to, draw_figure(options.figure))
+        return
+    if options.claims:
+        for folder in options.claims:
+            print(measure_claims(folder, options), flush=True)
         return
     if unknown := set(options.names) - set(TRAININGS):
         parser.error(f"no training named {', '.join(sorted(unknown))}: there are {', '.join(TRAININGS)}")

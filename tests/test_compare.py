@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 import common
 import compare
+import cvaegan
 import dcgan
 import gan
 from tests import study
@@ -529,3 +531,9 @@ def test_the_study_trains_what_it_is_asked_to_measures_it_and_draws_it(quick, mo
     study.main(["--figure", "runs/gan-guo", "runs/vae-guo", "--to", "both.png"])
     width, height = Image.open("both.png").size
     assert width > 2 * 466 and 466 < height < 600
+    cvaegan.main([*words[:2], "--epochs", "2", "--out-dir", "runs/cvaegan"])
+    capsys.readouterr()
+    study.main(["--claims", "runs/gan-guo", "runs/cvaegan", "--data-dir", str(quick)])
+    gan, classes = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"gan-guo: unsure [\d.]+% \(real [\d.]+%; .+\); kept 1-2: [01]\.\d\d", gan)
+    assert 1 / 16 <= float(re.fullmatch(r"cvaegan: unsure .+; kept 1-2: .+; morphs (\d\.\d{3})", classes)[1]) <= 1
