@@ -1,4 +1,4 @@
-"""The scripts as a user meets them: options, mistakes, progress, copies, notebooks."""
+"""The scripts as a user meets them: options, mistakes, progress, copies."""
 
 import ast
 import http.client
@@ -304,7 +304,7 @@ def test_progress_is_a_line_an_epoch_or_one_rewritten_line(trainings, tmp_path, 
     assert re.fullmatch(pattern.format(1) + r"\x1b\[K", unfinished[-1])
 
 
-# ------------------------------------------------------------------------------------------------ copies and notebooks
+# -------------------------------------------------------------------------------------------------------------- copies
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "crawl_anime", "compare"])
@@ -331,33 +331,3 @@ def test_a_copy_with_common_runs_from_any_folder(tmp_path):
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (elsewhere / "runs/gan-guo-digits/progress.png").exists()
-
-
-@pytest.mark.full
-def test_copied_into_a_notebook_in_an_empty_folder_it_trains_and_shows_its_grids(tmp_path):
-    """As in Colab: common.py as a file made by its cell, the script in a cell or as a file that %run starts.
-
-    A pasted script finds `common` since the notebook's folder is on sys.path.
-    """
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
-    code = (ROOT / "gan.py").read_text()
-    small = code.replace("epochs=200, batch_size=100", "epochs=2, batch_size=1000")
-    small = small.replace("    main()\n", '    main(["--dataset", "digits"])\n')  # pasting runs it: not for 200 epochs
-    assert len(small) > len(code)
-    cells = [
-        "%%writefile common.py\n" + (ROOT / "common.py").read_text(),
-        small,
-        'main(["--dataset", "digits", "--sample", "9"])',
-        "import sys; (parse_args().epochs, sys.argv)",  # the notebook's own arguments are ignored
-        "%%writefile gan.py\n" + code,
-        "%run gan.py --dataset digits --epochs 1 --out-dir other",
-    ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    outputs = [cell.outputs for cell in notebook.cells]
-    for index in (1, 2, 5):  # one picture, which is replaced after every epoch
-        assert sum("image/png" in output.get("data", {}) for output in outputs[index]) == 1, outputs[index]
-    assert re.match(r"\(2,\s+\['.*',\s+'(-f|--f=)", outputs[3][-1].data["text/plain"]), outputs[3]
-    assert (tmp_path / "runs/gan-guo-digits/progress.gif").exists()
-    assert (tmp_path / "other/samples/epoch-0001.png").exists()

@@ -82,10 +82,13 @@ def test_the_notebook_cells_run_in_an_empty_folder(tmp_path):
     assert len(cells) == 4 and "%%writefile common.py\n" in cells[0] and "def train(" in cells[1]
     folder = tmp_path / "empty"
     folder.mkdir()
+    cells.insert(3, "import sys; (parse_args().epochs, sys.argv)")  # the notebook's own arguments are ignored
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-    for cell in notebook.cells[1:]:
-        assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.outputs
+    *trained, parsed, uploaded = [cell.outputs for cell in notebook.cells[1:]]
+    for outputs in (*trained, uploaded):  # one picture, which is replaced after every epoch
+        assert sum("image/png" in output.get("data", {}) for output in outputs) == 1, outputs
+    assert re.match(r"\(2,\s+\['.*',\s+'(-f|--f=)", parsed[-1].data["text/plain"]), parsed
     for run in ("gan-guo-digits", "gan-guo-digits-1", "dcgan-guo-digits"):
         assert (folder / "runs" / run / "progress.gif").exists()
 
