@@ -62,7 +62,7 @@ POSTS_PER_FACE = 10  # a crawl ends after this many new posts for each face aske
 TIMEOUT, DEADLINE, PATIENCE = 20, 120, 600  # seconds: socket timeout, whole answer, longest pause for a host
 SLOWEST, GRACE = 2048, 10  # least bytes a second of an answer, after its first seconds
 MAX_BYTES, MAX_PIXELS = 20 * 2**20, 40_000_000
-MAX_SCANS, MAX_SEGMENTS = 50, 10_000  # of a JPEG; libjpeg's own script has 10 scans, 26 in four colours
+MAX_SCANS, MAX_SEGMENTS = 50, 3000  # of a JPEG; libjpeg's own script has 10 scans, 26 in four colours
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # in a JPEG: a length follows, or it is the end
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif")
 FIELDS = "site id page artist source rating outcome reason options crops boxes hashes".split()
@@ -72,7 +72,7 @@ RATINGS = ("general", "sensitive", "questionable", "explicit")
 FACELESS_TAGS = {"photo_(medium)", "3d", "sketch", "lineart", "no_humans", "animated"}
 MANGA_TAGS = {"monochrome", "greyscale", "comic"}  # faceless, too, but for --grey
 OWN_REASONS = ("rating", "tag", "no picture", "forgotten")  # why a post is not asked for
-OWN_WORDS = r"(?i)(^|[\s({])[-~]?(ord\w*|sort|id):"  # of a search, which the paging needs
+OWN_WORDS = r"(?i)(^|[\s({])[-~]?(ord\w*|sort|random|id):"  # of a search, which the paging needs
 NO_ROBOTS = "robots.txt can't be had"
 RECHECKED = ("robots.txt", "not an address", "not an https address", "on a foreign host")  # for they cost no request
 TRAINING = r"(?i)(?<![\w-])(ai-train|train-(gen)?ai|(gen)?ai)\s*=\s*\"?"  # contentsignals.org and IETF's aipref
@@ -100,7 +100,7 @@ class Unusable(Exception):
 def describe(args: argparse.Namespace) -> str:
     """The options that make crops of a picture, as a cell of the table."""
     colours = "grey" if args.grey else "colour"
-    return f"{args.detector} {args.min_face} {args.margin:g} {args.neighbours} {colours}"
+    return f"{args.detector} {args.min_face} {args.margin} {args.neighbours} {colours}"
 
 
 def may_find_more(args: argparse.Namespace, reasons: str, described: str) -> bool:
@@ -187,8 +187,9 @@ def fetch_page(fetcher: "Fetcher", home: str, query: str) -> list:
 
 def complaint(text: str) -> str:
     """What an answer that is no list of posts says, in JSON, XML or plain words; "" if it says nothing."""
-    named = re.search(r"""(?:message|reason|error)["']?\s*[:=]\s*(["'])(.+?)\1""", text)
-    text = named[2] if named else text
+    for name in ("message", "reason", "error"):  # Danbooru's "error" is a mere class
+        if named := re.search(rf"""{name}["']?\s*[:=]\s*(["'])((?:\\.|[^\\])+?)\1""", text):
+            return printable(named[2].replace('\\"', '"'))
     return "" if text.startswith(("<", "{", "[")) else printable(text)
 
 
@@ -243,7 +244,7 @@ class Fetcher:
         self.hosts, self.trusted, self.delay = hosts, {origin(urlsplit(home)) for home in trusted}, delay
         self.agent = f"{AGENT}/1.0 (faces for a small generative model; at most a request a second; contact: {contact})"
         self.pace, self.next_start = delay, 0.0  # seconds between two starts at the moment; time of the next
-        self.robots, self.crawl_delays = {}, {}  # of each host
+        self.robots, self.crawl_delays, self.closed = {}, {}, {}  # of each host; `closed` says why
 
     def fetch(self, address: str, is_picture: bool = True) -> bytes:
         """The body at an address. Raises Unusable, and SourceError for what ends the crawl."""
@@ -263,12 +264,14 @@ class Fetcher:
         for redirects in range(REDIRECTS + 1):
             parts, trusted, path = self.check(address, redirects == 0)
             home = f"{parts.scheme}://{parts.netloc}"
-            # robots.txt holds for pictures, not for a documented API, which is made for programs.
-            if is_picture and (reason := refusal(self.read_robots(home), path)):
-                raise Unusable(reason, final=not reason.startswith(NO_ROBOTS))  # a fault of the file is soon over
-            time.sleep(max(0.0, self.next_start - time.monotonic()))
-            self.next_start = time.monotonic() + max(self.pace, self.crawl_delays.get(home, 0.0))
+            if home in self.closed:
+                raise Unusable(self.closed[home])
             try:
+                # robots.txt holds for pictures, not for a documented API, which is made for programs.
+                if is_picture and (reason := refusal(self.read_robots(home), path)):
+                    raise Unusable(reason, final=not reason.startswith(NO_ROBOTS))  # a fault of the file is soon over
+                time.sleep(max(0.0, self.next_start - time.monotonic()))
+                self.next_start = time.monotonic() + max(self.pace, self.crawl_delays.get(home, 0.0))
                 with ask(parts, trusted, path, self.agent) as response:
                     if response.status not in (301, 302, 303, 307, 308):
                         self.judge(response, parts.hostname, is_picture)
@@ -276,7 +279,10 @@ class Fetcher:
                         if response.length or is_picture and not body:
                             raise Unusable("broke off", again=True)
                         return body
-            except (Unusable, SourceError):
+            except Unusable:
+                raise
+            except SourceError as error:
+                self.closed[home] = str(error)
                 raise
             except Exception as error:  # a network and an answer's bytes can lead to anything
                 raise Unusable(f"no whole answer ({type(error).__name__})", again=True) from error
@@ -321,7 +327,7 @@ class Fetcher:
             again, final = status in (408, 421, 429) or status >= 500, status in (404, 410, 451)
             raise Unusable(reason.removesuffix(": "), again, final, status)
         self.pace = max(self.delay, 0.95 * self.pace)
-        if headers.get("Content-Encoding", "identity").lower() != "identity":
+        if headers.get("Content-Encoding", "").lower() not in ("", "identity", "none"):
             raise Unusable("compressed, though not asked for")
         for name, pattern in OPT_OUTS.items():
             if is_picture and re.search(pattern, ", ".join(headers.get_all(name, []))):
@@ -336,8 +342,8 @@ class Fetcher:
         """The rules of a host's robots.txt, asked for once: none where there is no such file (RFC 9309, 2.3.1)."""
         if home not in self.robots:
             try:
-                text = self.fetch(f"{home}/robots.txt", is_picture=False)[: 500 * 1024].decode("utf-8-sig", "replace")
-                self.robots[home] = parse_robots(text)
+                body = self.fetch(f"{home}/robots.txt", is_picture=False)
+                self.robots[home] = parse_robots(read_text(body[: 500 * 1024]))
             except Unusable as error:
                 is_absent = 400 <= error.status < 500 and not error.again
                 self.robots[home] = [] if is_absent else [("fault", f"{NO_ROBOTS}: {error}")]
@@ -411,7 +417,7 @@ def is_public(address: str) -> bool:
     if ip.version == 6:
         in_last_bits = any(ip in ipaddress.ip_network(network) for network in IPV4_IN_IPV6)
         ip = ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if in_last_bits else ip.sixtofour or ip
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and (ip.version == 4 or ip in ipaddress.ip_network("2000::/3"))
 
 
 def parse_robots(text: str) -> list[tuple[str, str]]:
@@ -574,7 +580,7 @@ def decode(source: Path | bytes) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-            check_jpeg(file)
+            check_parts(file)
         return common.open_picture(source)
     except OSError as error:
         raise Unusable(f"can't be read: {error.strerror}") from error
@@ -582,15 +588,18 @@ def decode(source: Path | bytes) -> Image.Image:
         raise Unusable(printable(error, 80), final=str(error) == "too large") from error
 
 
-def check_jpeg(file: BinaryIO) -> None:
-    """Raises Unusable for more scans or segments than any encoder writes: a decoder's time grows with both."""
-    data = file.read() if file.read(2) == b"\xff\xd8" else b""
-    scans = segments = place = 0
-    while (marker := MARKER.search(data, place)) and marker[0] != b"\xff\xd9":  # the end
+def check_parts(file: BinaryIO) -> None:
+    """Raises Unusable for more parts of a JPEG or a PNG than any encoder writes: a decoder's time grows with them."""
+    start = file.read(2)
+    data = file.read() if start in (b"\xff\xd8", b"\x89P") else b""
+    scans, segments, place = data.count(b"iCCP"), data.count(b"IDAT") // 10, 0  # a PNG's profiles, pieces of its pixels
+    while scans <= MAX_SCANS and segments <= MAX_SEGMENTS:
+        marker = MARKER.search(data, place) if start == b"\xff\xd8" else None
+        if not marker or marker[0] == b"\xff\xd9":  # the end
+            return
         scans, segments = scans + (marker[0] == b"\xff\xda"), segments + 1
-        if scans > MAX_SCANS or segments > MAX_SEGMENTS:
-            raise Unusable("more parts than any encoder writes", final=True)
         place = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+    raise Unusable("more parts than any encoder writes", final=True)
 
 
 def crop_faces(image: Image.Image, args: argparse.Namespace) -> list[tuple]:
@@ -736,25 +745,25 @@ class Folder:
 
 def read_table(path: Path) -> list[dict]:
     """The rows of a metadata.csv, also as editors and spreadsheets save it. Raises UserError."""
-    text = read_text(path) if path.exists() else ""
+    text = re.sub("\r\n?", "\n", read_text(path.read_bytes()) if path.exists() else "")
     header = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=next((c for c in ";\t" if c in header), ","))
+    delimiter = next((mark for mark in ";\t" if mark in header), ",")
     try:
-        rows = [row for row in reader if any(row.values())]
-        if text and set(reader.fieldnames) | {"options"} != set(FIELDS):
+        lines = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(line)]
+        fields = ",".join(lines[0] if lines else []).rstrip(",").split(",")  # a spreadsheet may add empty columns
+        if text and set(fields) | {"options"} != set(FIELDS):
             raise ValueError("other columns")
-        if rows and not text.endswith("\n") and None in rows[-1].values():
-            del rows[-1]  # a kill or a full disk tore it
-        if any(None in row or None in row.values() for row in rows):
+        if lines and len(lines[-1]) < len(fields) and not text.endswith("\n"):
+            del lines[-1]  # a kill or a full disk tore it
+        if any(len(line) < len(fields) or any(line[len(fields) :]) for line in lines):
             raise ValueError("a row of other columns")
     except (csv.Error, ValueError) as error:
         raise common.UserError(f"{path} is damaged or another's ({error}): move it away") from error
-    return [{"options": ""} | row for row in rows]
+    return [{"options": ""} | dict(zip(fields, line)) for line in lines if line != lines[0]]
 
 
-def read_text(path: Path) -> str:
-    """A text file as editors write it: UTF-8 or UTF-16, with or without a mark. Other bytes count as Latin-1."""
-    data = path.read_bytes()
+def read_text(data: bytes) -> str:
+    """A text as editors save it: UTF-8, or UTF-16 with its mark. Other bytes count as Latin-1."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", "replace")
     text = data.decode("utf-8-sig", "surrogateescape")  # another byte is now that byte + U+DC00
@@ -779,12 +788,13 @@ def crawl(args: argparse.Namespace) -> None:
         if fetcher:  # pictures are fetched one at a time, so that a killed crawl has fetched at most one in vain
             results = (crop_post(post, fetcher, args) for post in folder.choose(posts, args))
         else:
-            chosen = list(folder.choose(posts, args))
-            results = common.map_in_workers(functools.partial(crop_files, args=args), chosen, len(chosen) // 32)
+            posts = list(folder.choose(posts, args))
+            results = common.map_in_workers(functools.partial(crop_files, args=args), posts, len(posts) // 32)
         end = collect(results, folder, args.limit, 0 if args.limit else len(posts))
         common.show_line(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
         name = "anime" if args.to == "data/anime" else shlex.quote(args.to)
-        hint = f"next: python dcgan.py --dataset {name}" if folder.faces else "no face yet: that table says why"
+        reason = "that table says why" if folder.rows else "there is no post of that search"
+        hint = f"next: python dcgan.py --dataset {name}" if folder.faces else f"no face yet: {reason}"
         common.show_line(f"{AGENT}: {hint}")
 
 
@@ -798,9 +808,11 @@ def find_posts(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[dict]
             raise common.UserError(f"--from-dir {args.from_dir} holds no picture")
         return None, posts
     if args.urls:
-        lines = [line.strip() for line in read_text(Path(args.urls)).splitlines()]
+        lines = [line.strip() for line in read_text(Path(args.urls).read_bytes()).splitlines()]
         hosts = {host for line in lines for host in re.findall("^https://([^/:?#]+)", line.lower())}
         posts = [name_post("url", line, printable(line, 2000)) for line in lines if line and line[0] != "#"]
+        if not posts:
+            raise common.UserError(f"--urls {args.urls} holds no address")
         return Fetcher(hosts | args.file_hosts, args.vouched, args.delay, args.contact), posts
     site = SITES[args.site]
     if args.base_url:
@@ -844,6 +856,10 @@ def crop_post(post: dict, fetcher: Fetcher | None, args: argparse.Namespace) -> 
         return post | dict(outcome="faces", options=describe(args)), crop_faces(decode(picture), args)
     except Unusable as error:
         return post | dict(outcome="skipped" if error.final else "failed", reason=str(error)), []
+    except SourceError as error:
+        if post["site"] != "url":  # a list goes on with its other hosts
+            raise
+        return post | dict(outcome="failed", reason=str(error)), []
     except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:  # a picture's sizes can lead to anything
         return post | dict(outcome="failed", reason=f"can't be cropped ({type(error).__name__})"), []
 
@@ -961,8 +977,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.vouched = [host for host in (args.base_url or "", *args.file_host) if "/" in host]
     here = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
     is_here = args.vouched and not args.file_hosts and all(re.fullmatch(here, home) for home in args.vouched)
-    is_site = not (args.urls or args.from_dir)
+    is_site = args.urls is None and args.from_dir is None
     for mistake, message in (
+        ("" in (args.urls, args.from_dir, args.to), "--urls, --from-dir and --to need a name"),
         (args.tags is not None and not is_site, "--tags goes with --site alone"),
         ((args.base_url or args.file_host) and args.from_dir, "--base-url and --file-host go with --site and --urls"),
         (args.from_dir and not Path(args.from_dir).is_dir(), f"--from-dir {args.from_dir}: no such folder"),
@@ -988,7 +1005,8 @@ def read_home(text: str) -> str:
 
 def read_host(text: str) -> str:
     """An argparse type: the name of a host, or its home."""
-    return read_home(text) if "/" in text or not find_domain(text) else text.lower()
+    is_name = re.fullmatch(r"[\w.-]+", text, re.ASCII) and find_domain(text)
+    return text.lower() if is_name else read_home(text)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -231,6 +231,7 @@ FAULTS = {
     "Content-Signal": ([picture(PNG, Content_Signal="a=b, ai-train=no")], "not for training (Content-Signal)", 1),
     "Content-Usage": ([picture(PNG, Content_Usage="train-ai=n")], "not for training (Content-Usage)", 1),
     "fine: consent": ([picture(PNG, Content_Signal="ai-train=yes", Content_Usage="train-ai=y, a=n")], "faces", 1),
+    "fine: not compressed": ([picture(PNG, Content_Encoding="none")], "faces", 1),
     "fine: noindex alone": ([picture(PNG, X_Robots_Tag="noindex")], "faces", 1),
     "fine: bytes without a type": ([picture(PNG, kind=None)], "faces", 1),
     "fine: bytes of an empty type": ([picture(PNG, kind="")], "faces", 1),
@@ -371,6 +372,8 @@ def test_orientation_is_heeded():
         (challenge(503), "prove that a person"),
         (status(403, b"no"), "HTTP 403"),
         (status(422, b'{"success": false, "message": "too many\\u001b[31m tags"}'), "too many\\u001b[31m tags"),
+        (status(422, b'{"error": "TagLimitError", "message": "\\"a\\" is one too many"}'), '"a" is one too many'),
+        (status(200, b'{"message": "' + b"\\" * 9999), "of another kind"),
         (status(401, b"x"), "HTTP 401"),
         (status(500), "HTTP 500"),
         (status(200, b"<html>maintenance"), "JSON"),
@@ -496,6 +499,7 @@ def test_the_rules_of_robots_txt(text, path, expected):
     "answer, fetched",
     [
         (status(200, b"\xef\xbb\xbfUser-agent: *\nDisallow: /images/7/2.png\n"), ["3.png", "1.png"]),
+        (status(200, "User-agent: *\nDisallow: /images/7/2.png\n".encode("utf-16")), ["3.png", "1.png"]),
         (status(200, b"User-agent: *\nDisallow: /index.php\n"), ["3.png", "2.png", "1.png"]),  # an API is excepted
         (status(403), ["3.png", "2.png", "1.png"]),
         (status(200, b"\xff\xfe\x00" * 1000), ["3.png", "2.png", "1.png"]),
@@ -554,7 +558,7 @@ def test_addresses(address, reason):
 PRIVATE = (
     "10.0.0.1 169.254.169.254 127.0.0.1 ::1 fe80::1%eth0 ::ffff:10.0.0.1 fd00::1 0.0.0.0 224.0.0.1 100.64.0.1 "
     "2001:db8::1 64:ff9b::10.0.0.1 ::10.0.0.1 2002:a00:1:: 2002:7f00:1:: ::ffff:0:10.0.0.1 64:ff9b::127.0.0.1 "
-    "64:ff9b:1::1"
+    "64:ff9b:1::1 fec0::1 fe00::1 4000::1"
 )
 
 
@@ -648,6 +652,11 @@ def test_a_crawl_without_faces_is_bounded(server, tmp_path, capsys):
     assert len(rows(tmp_path)) == 20 and not server.pictures() and "no face yet" in capsys.readouterr().out
 
 
+def test_a_search_without_posts(server, tmp_path, capsys):
+    server.stock(0)
+    assert crawl(server, tmp_path) == 0 and "there is no post of that search" in capsys.readouterr().out
+
+
 def test_near_duplicates_are_dropped(server, tmp_path, capsys):
     server.add(9, encode(draw(3).resize((200, 200)), "JPEG", quality=60))
     assert crawl(server, tmp_path) == 0
@@ -669,7 +678,21 @@ def test_a_torn_last_row_is_repaired(server, tmp_path, torn):
     assert Counter(server.pictures()) == {"/images/7/3.png": 1, "/images/7/2.png": 1, "/images/7/1.png": 2}
 
 
-@pytest.mark.parametrize("table", [b"a,b\n1,2\n", b"\0\0\0\n", b"\xff\xfe\n", b"\n"])
+FIELDS = ",".join(crawl_anime.FIELDS).encode()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        b"a,b\n1,2\n",
+        b"\0\0\0\n",
+        b"\xff\xfe\n",
+        b"\n",
+        FIELDS + b"\n1,2\n",
+        FIELDS + b"\n" + b"1," * 12 + b"note\n",
+        FIELDS.replace(b",page", b",,page") + b"\n" + b"1," * 12 + b"\n",
+    ],
+)
 def test_a_foreign_table_is_left_alone(server, tmp_path, capsys, table):
     (tmp_path / "metadata.csv").write_bytes(table)
     assert crawl(server, tmp_path) == 2 and "metadata.csv" in capsys.readouterr().err
@@ -760,6 +783,19 @@ def test_a_list_of_addresses(server, tmp_path):
     assert b"\x1b" not in (tmp_path / "faces/metadata.csv").read_bytes()
 
 
+@pytest.mark.parametrize("fault", [challenge(403), status(503, Retry_After="86400")])
+def test_a_list_goes_on_with_its_other_hosts(server, tmp_path, fault):
+    refusing = FakeBooru()
+    refusing.always["/images/7/1.png"] = fault
+    text = "".join(f"{host}/images/7/{number}.png\n" for number in (1, 2, 3) for host in (refusing.url, server.url))
+    (tmp_path / "list").write_text(text)
+    hosts = ("--base-url", server.url, "--file-host", refusing.url)
+    assert run("--urls", tmp_path / "list", *hosts, "--to", tmp_path / "faces", "--detector", "none") == 0
+    assert len(crops(tmp_path / "faces")) == 3 and refusing.pictures() == ["/images/7/1.png"]
+    assert Counter(row["outcome"] for row in rows(tmp_path / "faces").values()) == {"faces": 3, "failed": 3}
+    refusing.close()
+
+
 def test_a_folder_of_pictures(tmp_path, capsys):
     pictures = tmp_path / "in it"
     (pictures / "below").mkdir(parents=True)
@@ -830,14 +866,20 @@ def test_where_a_face_is_cut_out(monkeypatch, size, box, expected):
         (["--tags", "smile order:score"], "order:"),
         (["--tags", "smile Order:score"], "order:"),
         (["--tags", "ID:5"], "order:"),
+        (["--tags", "random:5"], "order:"),
         (["--tags", "smile -id:5"], "order:"),
         (["--file-host", "localhost"], "--file-host"),
         (["--file-host", "ftp://x.org"], "--file-host"),
+        (["--file-host", "*.x.org"], "--file-host"),
         (["--file-host", "x.org", "--delay", "0.1", "--base-url", "http://localhost:1"], "--delay"),
         (["--file-host", "x.org", "--from-dir", "."], "--file-host"),
         (["--contact", "a\nb"], "--contact"),
         (["--neighbours", "-1"], "--neighbours"),
         (["--urls", "no such file"], "no such file"),
+        (["--urls", os.devnull], "no address"),
+        (["--urls", ""], "need a name"),
+        (["--from-dir", ""], "need a name"),
+        (["--to", ""], "need a name"),
         (["--limit", "0"], "--limit"),
         (["--margin", "nan"], "--margin"),
         (["--min-face", "3"], "--min-face"),
@@ -1072,14 +1114,18 @@ def as_excel(table: bytes) -> bytes:
     [
         as_excel,
         lambda table: as_excel(table).rstrip(),
-        lambda table: as_excel(table).replace(b",", b";"),
+        lambda table: as_excel(table).replace(b",", b";").replace(b"a;b", b'"a;b"'),
         lambda table: table.decode().replace(",", "\t").encode("utf-16"),
         lambda table: table.replace("é".encode(), b"\xe9"),
-        lambda table: table + b",,,,,,,,,,,\n\n",
+        lambda table: table + b",,,,,,,,,,,,,,\n\n",
+        lambda table: table.replace(b"\n", b",,\n"),  # two more columns, of nothing
+        lambda table: table.replace(b"\n", b"\r"),
+        lambda table: table + table,  # two tables put together
     ],
 )
 def test_a_table_that_a_spreadsheet_saved(server, tmp_path, change):
     server.posts[0] |= dict(source="é")
+    server.posts[1] |= dict(source="a;b")
     assert crawl(server, tmp_path, site="danbooru") == 0
     table, whole = tmp_path / "metadata.csv", (tmp_path / "metadata.csv").read_bytes()
     table.write_bytes(change(whole))
@@ -1196,7 +1242,12 @@ def scans(count: int) -> bytes:
     return body[:last] + body[last:-2] * count + body[-2:]
 
 
-def test_more_scans_than_any_encoder_writes():
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_more_parts_than_any_encoder_writes():
     assert crawl_anime.decode(scans(20)).size == (96, 96)
     with pytest.raises(crawl_anime.Unusable, match="more parts") as caught:
         crawl_anime.decode(scans(200))
@@ -1205,14 +1256,19 @@ def test_more_scans_than_any_encoder_writes():
     body = encode(draw(1), "JPEG")
     assert crawl_anime.decode(body[:2] + thumbnail + body[2:]).size == (96, 96)
     assert crawl_anime.decode(body + b"\xff\xda\x00\x02" * 90).size == (96, 96)  # behind its end
-    crawl_anime.check_jpeg(io.BytesIO(PNG + scans(200)))  # of another kind
-    with pytest.raises(crawl_anime.Unusable, match="more parts"):
-        crawl_anime.decode(body[:2] + b"\xff\xe0\0\2" * 20_000 + body[2:])
+    crawl_anime.check_parts(io.BytesIO(PNG + scans(200)))  # of another kind
+    for many in (
+        body[:2] + b"\xff\xe0\0\2" * 20_000 + body[2:],
+        PNG[:33] + chunk(b"IDAT", b"") * 50_000 + PNG[33:],
+        PNG[:33] + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**20))) * 60 + PNG[33:],
+    ):
+        with pytest.raises(crawl_anime.Unusable, match="more parts"):
+            crawl_anime.decode(many)
 
 
 @pytest.mark.parametrize("body", [b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xda", b"\xff\xd8\xff\xda\0\0\xff\xda"])
 def test_counting_scans_of_torn_files_ends(body):
-    crawl_anime.check_jpeg(io.BytesIO(body))
+    crawl_anime.check_parts(io.BytesIO(body))
 
 
 @pytest.mark.parametrize(
