@@ -65,13 +65,12 @@ MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # in a JPEG: a length fol
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif")
 FIELDS = "site id page artist source rating outcome reason options crops boxes hashes".split()
 HASH = "(h?[0-9a-f]{16})|md5-[0-9a-f]{32}"  # with a letter first, which no spreadsheet takes for a number
-FORMULA = "^([=+@\uff1d\uff0b\uff0d\uff20-])"  # what a spreadsheet would run
+FORMULA = r"(^|;)(\s*[=+@\uff1d\uff0b\uff0d\uff20-])"  # what a spreadsheet would run; ; parts cells in half of Europe
 RATINGS = ("general", "sensitive", "questionable", "explicit")
 FACELESS_TAGS = {"photo_(medium)", "3d", "sketch", "lineart", "no_humans", "animated"}
 MANGA_TAGS = {"monochrome", "greyscale", "comic"}  # faceless, too, but for --grey
 OWN_REASONS = ("rating", "tag", "no picture", "forgotten")  # why a post is not asked for
 OWN_WORDS = r"(?i)(^|[\s({])[-~]?(ord\w*|sort|random|id):"  # of a search, which the paging needs
-NO_ROBOTS = "robots.txt can't be had"
 RECHECKED = ("robots.txt", "not an address", "not an https address", "on a foreign host")  # for they cost no request
 TRAINING = r"(?i)(?<![\w-])(ai-train|train-(gen)?ai|(gen)?ai)\s*=\s*\"?"  # contentsignals.org and IETF's aipref
 OPT_OUTS = {"X-Robots-Tag": r"(?i)\b(noai|noimageai|noml)\b", "TDM-Reservation": r"\b1\b"}
@@ -233,7 +232,7 @@ class Fetcher:
         self.hosts, self.trusted, self.delay = hosts, {origin(urlsplit(home)) for home in trusted}, delay
         self.agent = f"{AGENT}/1.0 (faces for a small generative model; at most a request a second; contact: {contact})"
         self.pace, self.next_start = delay, 0.0  # seconds between two starts at the moment; time of the next
-        self.robots, self.crawl_delays, self.closed = {}, {}, {}  # of each host; `closed` says why
+        self.robots, self.crawl_delays = {}, {}  # of each host
 
     def fetch(self, address: str, is_picture: bool = True) -> bytes:
         """The body at an address. Raises Unusable, and SourceError for what ends the crawl."""
@@ -253,12 +252,10 @@ class Fetcher:
         for redirects in range(REDIRECTS + 1):
             parts, trusted, path = self.check(address, redirects == 0)
             home = f"{parts.scheme}://{parts.netloc}"
-            if home in self.closed:
-                raise Unusable(self.closed[home])
             try:
                 # robots.txt holds for pictures, not for a documented API, which is made for programs.
                 if is_picture and (reason := refusal(self.read_robots(home), path)):
-                    raise Unusable(reason, final=not reason.startswith(NO_ROBOTS))  # a fault of the file is soon over
+                    raise Unusable(reason, final=True)
                 time.sleep(max(0.0, self.next_start - time.monotonic()))
                 self.next_start = time.monotonic() + max(self.pace, self.crawl_delays.get(home, 0.0))
                 with ask(parts, trusted, path, self.agent) as response:
@@ -271,7 +268,7 @@ class Fetcher:
             except Unusable:
                 raise
             except SourceError as error:
-                self.closed[home] = str(error)
+                self.robots[home] = [("fault", str(error))]  # the host is not asked again
                 raise
             except Exception as error:  # a network and an answer's bytes can lead to anything
                 raise Unusable(f"no whole answer ({type(error).__name__})", again=True) from error
@@ -335,7 +332,7 @@ class Fetcher:
                 self.robots[home] = parse_robots(read_text(body[: 500 * 1024]))
             except Unusable as error:
                 is_absent = 400 <= error.status < 500 and not error.again
-                self.robots[home] = [] if is_absent else [("fault", f"{NO_ROBOTS}: {error}")]
+                self.robots[home] = [] if is_absent else [("fault", f"robots.txt can't be had: {error}")]
             waits = [re.match(r"\d+(\.\d+)?", value) for name, value in self.robots[home] if name == "crawl-delay"]
             seconds = max([float(wait[0]) for wait in waits if wait], default=0.0)
             if seconds > PATIENCE:
@@ -358,7 +355,7 @@ def ask(parts: SplitResult, trusted: bool, path: str, agent: str) -> Iterator[ht
     found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not trusted and not all(map(is_public, found)):
         raise Unusable("on a private network")
-    for address in found:
+    for address in found[:4]:  # each takes its time, and a name may have thousands
         with contextlib.suppress(OSError):
             connected = socket.create_connection((address, port), TIMEOUT)
             break
@@ -429,12 +426,12 @@ def parse_robots(text: str) -> list[tuple[str, str]]:
 
 
 def refusal(rules: list[tuple[str, str]], path: str) -> str:
-    """Why a robots.txt keeps a path back, or "". Of the rules that match, the longest holds."""
+    """Why a robots.txt keeps a path back, or "". Of the rules that match, the longest holds. Raises Unusable."""
     allowed, refused = [(0, True)], [(0, False)]
     for name, value in rules:
         pattern, preferences = re.fullmatch(r"([/*]\S*)?\s*(.*)", value).groups(default="")
-        if name == "fault":
-            return value
+        if name == "fault":  # which is soon over
+            raise Unusable(value)
         if name in ("allow", "disallow") and value and matches(value, path):
             allowed.append((len(value), name == "allow"))
         if name.startswith("content-") and re.search(TRAINING + "[yn]", preferences) and matches(pattern, path):
@@ -670,7 +667,7 @@ class Folder:
         return len(crops)
 
     def write(self, table: Path, rows: list[dict]) -> None:
-        cells = [{name: re.sub(FORMULA, r"'\1", row.get(name, "")) for name in FIELDS} for row in rows]
+        cells = [{name: re.sub(FORMULA, r"\1'\2", row.get(name, "")) for name in FIELDS} for row in rows]
         with open(table, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, FIELDS, lineterminator="\n").writerows(cells)
             file.flush()
@@ -908,8 +905,7 @@ def watch(results: Iterator, folder: Folder) -> Iterator:
         in_a_row[row["outcome"]] += is_new  # old failures don't end a crawl before its new posts
         lost[row["reason"]] += is_new or row["outcome"] == "failed" or not folder.faces
         if in_a_row["failed"] == FAILURES or in_a_row["skipped"] == REFUSALS:
-            count = in_a_row[row["outcome"]]
-            raise SourceError(f"{count} pictures did not come, and none between them did ({row['reason']})")
+            raise SourceError(f"{in_a_row.total()} pictures did not come, and none between them did ({row['reason']})")
     if lost.total() > 9 * came and (lost.total() > 2 or not folder.faces):
         why, count = lost.most_common(1)[0]
         raise SourceError(f"{lost.total()} of {lost.total() + came} pictures did not come ({count} times: {why})")
@@ -992,8 +988,7 @@ def read_home(text: str) -> str:
 
 def read_host(text: str) -> str:
     """An argparse type: the name of a host, or its home."""
-    is_name = re.fullmatch(r"[\w.-]+", text, re.ASCII) and find_domain(text)
-    return text.lower() if is_name else read_home(text)
+    return text.lower() if re.fullmatch(r"[\w.-]+", text, re.ASCII) and find_domain(text) else read_home(text)
 
 
 def main(argv: list[str] | None = None) -> None:

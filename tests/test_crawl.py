@@ -571,6 +571,20 @@ def test_a_name_that_leads_into_a_private_network_is_refused(monkeypatch, addres
         crawl_anime.Fetcher({"safebooru.org"}, [], 0).fetch("https://safebooru.org/a.png", is_picture=False)
 
 
+def test_a_name_of_many_addresses_has_a_bound_in_time(monkeypatch):
+    found, tried = [(0, 0, 0, "", (f"93.184.215.{number}", 443)) for number in range(100)], []
+
+    def connect(address, *_):
+        tried.append(address)
+        raise OSError("no route")
+
+    monkeypatch.setattr(crawl_anime.socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(crawl_anime.socket, "create_connection", connect)
+    with pytest.raises(crawl_anime.Unusable, match="no whole answer"):
+        crawl_anime.Fetcher({"safebooru.org"}, [], 0).fetch("https://safebooru.org/a.png", is_picture=False)
+    assert len(tried) == 4 * crawl_anime.TRIES
+
+
 def test_a_certificate_that_does_not_hold_is_no_answer(monkeypatch):
     """OpenSSL's error for it is a ValueError, too."""
 
@@ -1151,13 +1165,35 @@ def test_a_table_of_before(server, tmp_path):
 
 
 def test_cells_that_no_spreadsheet_runs_or_counts(server, tmp_path):
-    sources = ["=1+1", "+1", "-1", "@SUM(A1)", "&#61;1", "\uff1d1", "a?b=1&amp;lt;&copy=2&quot;", "plain"]
+    sources = [
+        "=1+1",
+        "+1",
+        "-1",
+        "@SUM(A1)",
+        "&#61;1",
+        "\uff1d1",
+        "a?b=1&amp;lt;&copy=2&quot;",
+        "plain",
+        "\t=1",
+        "a;=1",
+    ]
     for number, source in enumerate(sources, start=11):
         server.add(number, encode(draw(number)), source=source, artist=source)
     assert crawl(server, tmp_path, site="danbooru") == crawl(server, tmp_path, site="danbooru") == 0
     found = rows(tmp_path)
-    written = [found[str(number)]["source"] for number in range(11, 19)]
-    assert written == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "'=1", "'\uff1d1", 'a?b=1&lt;&copy=2"', "plain"]
+    written = [found[str(number)]["source"] for number in range(11, 21)]
+    assert written == [
+        "'=1+1",
+        "'+1",
+        "'-1",
+        "'@SUM(A1)",
+        "'=1",
+        "'\uff1d1",
+        'a?b=1&lt;&copy=2"',
+        "plain",
+        "' =1",
+        "a;'=1",
+    ]
     for row in found.values():
         for cell in (row["hashes"], row["boxes"], row["crops"], row["options"]):
             assert not cell.replace(",", "").replace(".", "").isdecimal()
