@@ -127,7 +127,8 @@ class Site(NamedTuple):
         """Paging by id is never too deep, and new posts shift nothing."""
         if below and not self.below:
             tags = f"{tags} id:<{below}".strip()
-        return self.search.format(quote_plus(tags)) + (self.below.format(below) if below else "")
+        tags = quote_plus(tags, errors="surrogateescape")  # a terminal's bytes may be of any encoding
+        return self.search.format(tags) + (self.below.format(below) if below else "")
 
 
 GELBOORU = "/index.php?page=dapi&s=post&q=index&json=1&limit=100&pid=0&tags={}", "/index.php?page=post&s=view&id={}"
@@ -862,8 +863,7 @@ def fetch_picture(post: dict, fetcher: Fetcher) -> bytes:
                 raise
     if b"DMI-PROHIBITED" in body:  # IPTC's and PLUS's property for data mining
         raise Unusable("not for training (metadata)", final=True)
-    md5 = post["files"][address]
-    if md5 and md5 != "md5-" + hashlib.md5(body, usedforsecurity=False).hexdigest():
+    if post["files"][address] not in ("", "md5-" + hashlib.md5(body, usedforsecurity=False).hexdigest()):
         raise Unusable("damaged: another MD5")
     return body
 
@@ -879,7 +879,7 @@ def collect(results: Iterator, folder: Folder, limit: int | None, total: int) ->
             if not (result := next(results, None)):
                 return f"{POSTS_PER_FACE} posts for each face asked for" if new == most else "the end of the source"
             new += 1
-            counts.update(folder.add(*result))
+            counts.update(why.partition(":")[0] for why in folder.add(*result))
             faces = folder.faces - before
             summary = f"{faces:,} faces of {new:,} posts"
             if counts:

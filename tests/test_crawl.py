@@ -647,7 +647,7 @@ def test_a_second_crawl_downloads_nothing_and_another_query_adds(server, tmp_pat
     assert crawl(server, tmp_path) == 0
     assert not server.pictures() and crops(tmp_path) == before and (tmp_path / "metadata.csv").read_bytes() == table
     server.add(9, encode(draw(9)))
-    assert crawl(server, tmp_path, "--tags", "smile") == 0
+    assert crawl(server, tmp_path, "--tags", "smile \udcff") == 0  # a byte of another encoding
     assert server.pictures() == ["/images/7/9.png"] and set(crops(tmp_path)) > set(before)
 
 
@@ -1378,6 +1378,15 @@ def test_pictures_by_content(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert crop(tmp_path / "empty", tmp_path / "faces") == 2
     assert "holds no picture" in capsys.readouterr().err
+
+
+def test_damages_of_a_kind_are_counted_together(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    for part in (2, 3, 4):
+        (tmp_path / f"pictures/{part}.jpg").write_bytes(JPEG[: len(JPEG) // part])
+    assert crop(tmp_path / "pictures", tmp_path / "faces") == 0
+    assert "0 faces of 3 posts; skipped: 3 damaged\n" in capsys.readouterr().out
+    assert len({row["reason"] for row in rows(tmp_path / "faces").values()}) > 1
 
 
 def test_grey_pictures_can_be_kept(tmp_path):
