@@ -168,10 +168,10 @@ def fetch_page(fetcher: "Fetcher", home: str, query: str) -> list:
             page = None
         if page and isinstance(page, list):
             return page
-    if page == []:
-        return page
-    why = complaint(text) or "is it down, or of another kind?"
-    raise SourceError(f"{home} answers no list of posts in JSON: {why}")
+    if page != []:
+        why = complaint(text) or "is it down, or of another kind?"
+        raise SourceError(f"{home} answers no list of posts in JSON: {why}")
+    return page
 
 
 def complaint(text: str) -> str:
@@ -828,7 +828,8 @@ def crop_files(posts: list[dict], args: argparse.Namespace) -> list[tuple[dict, 
     results = []
     for post in posts:
         row, crops = crop_post(post, None, args)
-        if row["reason"] not in ("no image", "empty") or row["page"].lower().endswith(SUFFIXES):
+        is_named = Path(row["page"]).suffix.lower() in Image.registered_extensions()
+        if is_named or row["reason"] not in ("no image", "empty"):
             results.append((row, crops))
     return results
 
@@ -919,8 +920,7 @@ def find_cascade(path: str | None) -> str:
         try:
             data = Fetcher({urlsplit(CASCADE_URL).hostname}, [], 1.0).fetch(CASCADE_URL, is_picture=False)
         except Unusable as error:
-            way_out = f"put {CASCADE_URL} into {file}, or try --detector none"
-            raise SourceError(f"the face detector can't be had ({error}): {way_out}") from error
+            raise SourceError(f"no detector ({error}): put {CASCADE_URL} there, or try --detector none") from error
         with common.replacing(file) as temporary:
             temporary.write_bytes(data)
     if not path and hashlib.sha256(file.read_bytes()).hexdigest() != CASCADE_SHA256:
@@ -938,8 +938,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source("--from-dir", metavar="DIR", help="a folder of pictures instead of a site")
     add("--tags", help="the site's search (1girl solo; all for yandere and konachan)")
     add("--base-url", type=read_home, metavar="URL", help="a mirror of the site's API, as http(s)://HOST:PORT")
-    hosts = "of its files, as HOST or http(s)://HOST:PORT"
-    add("--file-host", type=read_host, nargs="+", default=[], metavar="HOST", help=hosts)
+    add("--file-host", type=read_host, nargs="+", default=[], metavar="HOST", help="of its files: a host, or its URL")
     add("--to", metavar="DIR", default="data/anime", help="folder of the crops (data/anime)")
     add("--limit", type=number(int, 1), metavar="N", help="faces in the folder at the end (2000 from a site)")
     ratings = f"what to take of {', '.join(RATINGS)} (general)"
