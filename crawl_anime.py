@@ -780,9 +780,8 @@ def crawl(args: argparse.Namespace) -> None:
             results = common.map_in_workers(functools.partial(crop_files, args=args), posts, len(posts) // 32)
         end = collect(results, folder, args.limit, 0 if args.limit else len(posts))
         common.show_line(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
-        name = "anime" if args.to == "data/anime" else shlex.quote(args.to)
-        reason = "that table says why" if folder.rows else "there is no post of that search"
-        hint = f"next: python dcgan.py --dataset {name}" if folder.faces else f"no face yet: {reason}"
+        why = "that table says why" if folder.rows else "there is no post of that search"
+        hint = f"next: python dcgan.py --dataset {shlex.quote(args.to)}" if folder.faces else f"no face yet: {why}"
         common.show_line(f"{AGENT}: {hint}")
 
 
@@ -960,11 +959,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     here = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
     is_here = args.vouched and not args.file_hosts and all(re.fullmatch(here, home) for home in args.vouched)
     is_site = args.urls is None and args.from_dir is None
+    is_in_crops = args.from_dir and Path(args.from_dir).resolve().is_relative_to(Path(args.to).resolve())
     for mistake, message in (
         ("" in (args.urls, args.from_dir, args.to), "--urls, --from-dir and --to need a name"),
         (args.tags is not None and not is_site, "--tags goes with --site alone"),
         ((args.base_url or args.file_host) and args.from_dir, "--base-url and --file-host go with --site and --urls"),
         (args.from_dir and not Path(args.from_dir).is_dir(), f"--from-dir {args.from_dir}: no such folder"),
+        (is_in_crops, f"--from-dir {args.from_dir} lies in --to, whose pictures are crops"),
         (re.search(OWN_WORDS, args.tags or ""), "--tags: order:, sort: and id: are the crawl's own"),
         (args.delay < 1 and not is_here, "--delay: less than a second is for a --base-url on this machine"),
         (not re.fullmatch("[ -~]{1,200}", args.contact), "--contact is a page or a mail address in ASCII"),

@@ -889,6 +889,7 @@ def test_where_a_face_is_cut_out(monkeypatch, size, box, expected):
         (["--file-host", "x.org", "--from-dir", "."], "--file-host"),
         (["--contact", "a\nb"], "--contact"),
         (["--neighbours", "-1"], "--neighbours"),
+        (["--from-dir", ".", "--to", "."], "whose pictures are crops"),
         (["--urls", "no such file"], "no such file"),
         (["--urls", os.devnull], "holds no picture"),
         (["--urls", ""], "need a name"),
