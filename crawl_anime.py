@@ -919,7 +919,8 @@ def find_cascade(path: str | None) -> str:
         try:
             data = Fetcher({urlsplit(CASCADE_URL).hostname}, [], 1.0).fetch(CASCADE_URL, is_picture=False)
         except Unusable as error:
-            raise SourceError(f"no detector ({error}): put {CASCADE_URL} there, or try --detector none") from error
+            way_out = f"put {CASCADE_URL} into {file}, or try --detector none"
+            raise SourceError(f"the face detector can't be had ({error}): {way_out}") from error
         with common.replacing(file) as temporary:
             temporary.write_bytes(data)
     if not path and hashlib.sha256(file.read_bytes()).hexdigest() != CASCADE_SHA256:
