@@ -39,14 +39,14 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-
 try:
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image
+    from torch import Tensor, nn
+
     import common
-except ModuleNotFoundError as error:
+except ImportError as error:
     raise SystemExit(f"cvaegan.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
 
 CLASSES = 10

@@ -21,13 +21,13 @@ digits, speckled. compare.py: Frechet distance 12.4 (0 is perfect), precision 0.
 import os
 from argparse import Namespace
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
     import common
-except ModuleNotFoundError as error:
+except ImportError as error:
     raise SystemExit(f"gan.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
 
 PRESETS = {

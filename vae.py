@@ -26,14 +26,14 @@ import math
 import os
 from argparse import Namespace
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-
 try:
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image
+    from torch import Tensor, nn
+
     import common
-except ModuleNotFoundError as error:
+except ImportError as error:
     raise SystemExit(f"vae.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
 
 PRESETS = {
