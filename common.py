@@ -5,6 +5,7 @@ pictures, a run's folder, sampling. Images are uint8 (N, C, H, W) until a traini
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import errno
@@ -18,7 +19,7 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
+import socket
 import sys
 import threading
 import time
@@ -40,6 +41,7 @@ LABELLED = ("mnist", "fashion", "digits")  # data sets of 28x28 grey images in t
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # others may start programs
 CHECKPOINT_FORMAT = 1
 NOT_KEPT = {"script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint"}
+TEMPORARY = f".*.{'[0-9a-f]' * 12}.tmp"  # the names of `replacing`
 SAVE_SECONDS = 10  # between two checkpoints, when epochs are shorter
 COLOURS = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()
 
@@ -86,10 +88,11 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
+            sqlite3 = importlib.import_module("sqlite3")  # which some Pythons lack
             lock = stack.enter_context(contextlib.closing(sqlite3.connect(folder / ".lock", timeout=0)))
             lock.execute("PRAGMA journal_mode = MEMORY")  # no second file
             lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error as error:
+        except Exception as error:
             if "locked" in str(error):
                 raise UserError(f"another process writes to {folder}: wait, or name another folder") from error
             show_line(f"no lock on {folder} ({error}): let no other process write there")
@@ -98,7 +101,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def clock(seconds: float) -> str:
     """Seconds as 0:00:05."""
-    return str(timedelta(seconds=round(seconds)))
+    return str(timedelta(seconds=min(round(seconds), 10**13)))  # which is near timedelta's limit
 
 
 def on_terminal() -> bool:
@@ -148,7 +151,8 @@ def leave(status: int, program: str, message: str) -> NoReturn:
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     if on_terminal():
         show_line("", end="")  # off the unfinished progress line
-    print(f"{program}: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(f"{program}: {line}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
@@ -228,6 +232,8 @@ def reporting_errors(program: str) -> Iterator[None]:
     program += f" (process {rank()})" if rank() else ""
     with contextlib.suppress(ValueError):  # outside the main thread Python allows no handlers
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second one, while Python ends, changes nothing
+        atexit.register(signal.signal, number, signal.SIG_IGN)
     with contextlib.suppress(AttributeError):  # a notebook's output, or none at all
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -285,7 +291,10 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     if processes() > 1 and not dist.is_initialized():
         # A day: the others wait while the first decodes a folder; torchrun ends all if one is lost.
         how = dict(timeout=timedelta(days=1), device_id=device if kind == "cuda" else None)
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", **how)
+        try:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", **how)
+        except (ValueError, RuntimeError) as error:  # variables of a launcher, but not all
+            raise UserError(f"can't join the {processes()} processes of torchrun: {error}") from error
     return device
 
 
@@ -299,7 +308,9 @@ def choose_autocast(args: argparse.Namespace, device: torch.device) -> torch.aut
     name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name += f", {processes()} processes" if processes() > 1 else ""
     show_line(f"{args.script}: device {name}; precision {precision} (bf16 {why})")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    load = 0
+    with contextlib.suppress(AttributeError, OSError):  # not every system tells
+        load = os.getloadavg()[0]
     if device.type == "cpu" and 1 < torch.get_num_threads() > (os.cpu_count() or 1) - load + 0.5:
         show_line(f"{args.script}: this machine is busy (load {load:.1f}): OMP_NUM_THREADS=1 is faster then")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -482,6 +493,7 @@ def load_idx(name: str, data_dir: Path, train: bool) -> Data:
     files = nested if all(file.is_file() for file in nested) else files
     if not all(file.exists() for file in files):
         show_line(f"downloading {kind.__name__} to {raw}")
+        socket.setdefaulttimeout(60)  # for a server that says nothing
         try:
             kind(data_dir, download=True)
         except Exception as error:  # whatever a server's answer leads to
@@ -489,12 +501,16 @@ def load_idx(name: str, data_dir: Path, train: bool) -> Data:
             names = ", ".join(f"{split}-{part}" for split in ("train", "t10k") for part in parts)
             way_out = f"put {names} into {raw}, or try --dataset digits, which needs none"
             raise UserError(f"{kind.__name__} can't be downloaded ({cause}): {way_out}") from error
+        finally:
+            socket.setdefaulttimeout(None)
     try:
         images = datasets.mnist.read_image_file(str(files[0]))
         labels = datasets.mnist.read_label_file(str(files[1]))
         if images.shape != (len(labels), 28, 28) or labels.max() > 9:  # of no labels an error
             raise ValueError
     except Exception as error:  # damaged files raise whatever their bytes lead to
+        if isinstance(error, (OSError, MemoryError)):
+            raise
         raise UserError(f"{files[0]} or its labels are damaged: delete both to fetch them again") from error
     return Data(images[:, None], labels.long())
 
@@ -535,7 +551,8 @@ def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
         raise UserError(f"there is no folder {folder} ({hint})")
     names, digest = list_files(folder)
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
-    cache = data_dir / f"{folder.name.encode(errors='replace').decode()}-{place}-{digest}-{size}.images"
+    name = folder.name.encode(errors="replace")[:150].decode(errors="ignore")  # 255 bytes is a limit
+    cache = data_dir / f"{name}-{place}-{digest}-{size}.images"
     found = next(data_dir.glob(f"*-{digest}-{size}.images"), None)  # made here, or before a move
     if found:
         cache, count, told = found, found.stat().st_size // (3 * size * size), " (cached)"
@@ -566,8 +583,8 @@ def list_files(folder: Path) -> tuple[list[str], str]:
 
     files, seen = [], set()
     for directory, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        if (place := os.path.realpath(directory)) in seen:  # by a link: perhaps to where we are
-            folders.clear()
+        if (place := os.path.realpath(directory)) in seen or (seen and ".made" in names):
+            folders.clear()  # reached by a link, perhaps to where we are, or a run's own pictures
             continue
         seen.add(place)
         folders[:] = sorted(name for name in folders if name[0] != ".")  # those that are walked
@@ -606,7 +623,8 @@ def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple
             progress.update(i)
         first = "".join(c if c.isprintable() else "?" for c in ", ".join(skipped[:3]))
         if not count:
-            what = f"{len(names):,} files, none a usable image: {first}" if names else "no file"
+            why = f": {first}" if skipped else ""
+            what = f"{len(names):,} files, none a usable image{why}" if names else "no file"
             raise UserError(f"{folder} holds {what}; {', '.join(IMAGE_FORMATS)} are read")
         del pixels
         os.truncate(temporary, count * length)
@@ -616,7 +634,8 @@ def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple
 
 def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
     """All results, in order, of function(part) -> list for parts of items, in up to 8 processes."""
-    workers = min(workers, os.cpu_count() or 1, 8)  # each holds the libraries: about 0.2 GB
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers, cores, 8)  # each holds the libraries: about 0.2 GB
     how = dict(num_workers=workers, multiprocessing_context="spawn") if workers else {}
     loader, interrupted = DataLoader(items, 16, collate_fn=function, **how), False
     try:
@@ -719,7 +738,7 @@ def decode_picture(file: io.IOBase, size: int) -> Image.Image:
 def without_metadata(png: io.IOBase) -> io.BytesIO:
     """A PNG of nothing but its pixels."""
     png.seek(8)
-    kept = b"\x89PNG\r\n\x1a\n"
+    kept = bytearray(b"\x89PNG\r\n\x1a\n")
     while head := png.read(8):
         chunk = head + png.read(int.from_bytes(head[:4], "big") + 4)
         if head[4:] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
@@ -734,13 +753,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     profile = image.info.get("icc_profile")
-    if profile and image.mode in ("RGB", "CMYK"):
+    if image.has_transparency_data or image.mode == "P":
+        image = image.convert("RGBA")
+    if profile and image.mode in ("RGB", "RGBA", "CMYK"):
         with contextlib.suppress(Exception):  # nor do damaged profiles, or a Pillow that reads none
             own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
             if "srgb" not in ImageCms.getProfileDescription(own).lower():
-                image = ImageCms.profileToProfile(image, own, srgb, outputMode="RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
+                mode = "RGBA" if image.mode == "RGBA" else "RGB"
+                image = ImageCms.profileToProfile(image, own, srgb, outputMode=mode)
+    if image.mode == "RGBA":
         if image.getextrema()[3] != (0, 0):  # where nothing would be seen, alpha is not used
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -821,7 +842,9 @@ def write_gif(path: str | Path, frames: list[Image.Image]) -> None:
 
 def write_log(path: str | Path, history: list[dict]) -> None:
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([history[-1].keys(), *(row.values() for row in history)])
+        writer = csv.DictWriter(file, history[-1], extrasaction="ignore")  # a resumed run's first
+        writer.writeheader()  # epochs may have other losses
+        writer.writerows(history)
 
 
 def label_panels(panels: list[tuple[str, Image.Image]], columns: int = 2) -> Image.Image:
@@ -894,7 +917,7 @@ def plot_lines(curves: dict[str, list[float]], x_label: str, y_label: str) -> Im
     """Curves over 1, 2, 3... as a figure, with a logarithmic y axis if they span two decades."""
     low, high = min(map(min, curves.values())), max(map(max, curves.values()))
     log_y = low > 0 and high / low > 100
-    margin = 0.05 * (high - low) or 0.5
+    margin = 0.05 * (high - low) or max(0.5, abs(high) / 2)
     y_range = (low / 1.3, high * 1.3) if log_y else (low - margin, high + margin)
     colours = dict(zip(curves, COLOURS))
     plot = Plot((1, max(2, *map(len, curves.values()))), y_range, x_label, y_label, colours, log_y)
@@ -918,6 +941,8 @@ def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
             warnings.simplefilter("ignore")  # of a foreign file's bytes
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes lead to
+        if isinstance(error, (OSError, MemoryError)):
+            raise
         raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
     parts = dict(format=int, script=str, options=dict, epoch=int, history=list, networks=dict, optimizers=dict)
     types = {k: type(v) for k, v in checkpoint.items()} if isinstance(checkpoint, dict) else {}
@@ -943,10 +968,7 @@ def restore(parts: dict, states: dict) -> None:
 
 
 class Run(contextlib.ExitStack):
-    """The record of a training, in its folder: log, curves, pictures, checkpoint, animation.
-
-    It keeps the folder locked. A log or a picture that can't be written is one warning.
-    """
+    """The record of a training in its folder, locked: log, curves, pictures, checkpoint, animation."""
 
     def __init__(self, args: argparse.Namespace, data: Data):
         super().__init__()
@@ -967,7 +989,10 @@ class Run(contextlib.ExitStack):
                 raise UserError(f"--dataset {args.dataset} holds other images than the run's")
             show_line(f"{args.script}: {args.dataset} has changed since the checkpoint: {count:,} images now")
         if rank() == 0:
-            self.open_folder(data.images)
+            with contextlib.ExitStack() as failed:  # a notebook lives on: let go of the folder
+                failed.push(self)
+                self.open_folder(data.images)
+                failed.pop_all()
         self.started = self.shown = time.perf_counter()
 
     def open_folder(self, images: Tensor) -> None:
@@ -977,7 +1002,8 @@ class Run(contextlib.ExitStack):
         self.enter_context(locked(folder))
         if args.checkpoint is None and (folder / "checkpoint.pt").exists():
             load_checkpoint(folder)  # UserError if it is another program's
-            if not ours or Path.cwd().is_relative_to(folder.resolve()):
+            inner = next(folder.glob("*/**/.lock"), None)  # of another run, which would move along
+            if inner or not ours or Path.cwd().is_relative_to(folder.resolve()):
                 raise UserError(f"{folder} holds a run, and is not moved aside: --resume it or name another")
             if os.name == "nt":  # which renames no folder of an open file
                 self.close()
@@ -989,8 +1015,7 @@ class Run(contextlib.ExitStack):
             show_line(f"{args.script}: the run that was in {folder} is now {aside}; --resume would have continued it")
         if all(path.name == ".lock" for path in folder.iterdir()):  # new, so ours to move aside later
             (folder / ".made").touch()
-        pattern = f".*.{'[0-9a-f]' * 12}.tmp"
-        for leftover in (*folder.glob(pattern), *folder.glob(f"samples/{pattern}")):
+        for leftover in (*folder.glob(TEMPORARY), *folder.glob(f"samples/{TEMPORARY}")):
             leftover.unlink(missing_ok=True)
         size = f"{len(images):,} images, {self.steps} steps an epoch"
         show_line(f"{args.script}: {args.preset} on {args.dataset}, {size}")
@@ -1087,8 +1112,10 @@ class Run(contextlib.ExitStack):
     def save_log(self) -> None:
         self.save_picture("log.csv", self.history, write_log)
         _, *names, _, _ = self.history[-1]  # without the epoch and the times
+        names = [name for name in names if all(name in row for row in self.history)]
         curves = {name: [row[name] for row in self.history] for name in names}
-        self.save_picture("losses.png", plot_lines(curves, "epoch", "loss"))
+        if curves:
+            self.save_picture("losses.png", plot_lines(curves, "epoch", "loss"))
 
     def finish(self) -> None:
         """The four-panel figure, the animation, and the last line. The log too: a kill may have left it behind."""
@@ -1101,7 +1128,7 @@ class Run(contextlib.ExitStack):
             try:
                 with Image.open(path) as picture:
                     pictures[epoch] = picture.copy()
-            except (OSError, SyntaxError) as error:
+            except Exception as error:  # a damaged file raises whatever its bytes lead to
                 self.warn("samples", f"{path} can't be read: {error}")
         panels = [(f"Epoch {epoch}", pictures[epoch]) for epoch in pictures if epoch in quarters]
         frames = [pictures[epoch] for epoch in pictures if epoch in moments]
@@ -1143,6 +1170,9 @@ def sample(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> 
     as_grid = target.suffix.lower() == ".png"
     if not as_grid and not target.is_dir() and target.suffix.lower() in Image.registered_extensions():
         raise UserError(f"--to {target}: a grid is a PNG: give a name that ends in .png, or a folder")
+    images = None if args.dataset in LABELLED else Path(args.data_dir, args.dataset).resolve()
+    if images and target.resolve().is_relative_to(images):
+        raise UserError(f"--to {target} lies in {images}, whose images a run learns from: name another place")
     if target.exists() and target.is_dir() == as_grid:
         raise UserError(f"--to {target}: there is a {'folder' if as_grid else 'file'} of that name")
     if as_grid and count > 10_000:
@@ -1156,15 +1186,17 @@ def sample(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> 
 
     for path in target.rglob("*"):
         known = path.stem.isdecimal() and int(path.stem) < count and place(int(path.stem)) == path
-        if not known and not path.is_dir():
+        if path.match(TEMPORARY):  # of a kill
+            path.unlink(missing_ok=True)
+        elif not known and not path.is_dir():
             raise UserError(f"--to {target} holds other files, such as {path.name}: name an empty folder")
-    progress, columns, written = Progress(count, "images"), math.ceil(math.sqrt(count)), 0
+    progress, columns, written, picture = Progress(count, "images"), math.ceil(math.sqrt(count)), 0, None
     for images, _ in draw(sampler, count, args.seed, device, label):
-        width, height = images.shape[3] + 2, images.shape[2] + 2
         for image in map(to_picture, images):
-            if as_grid and written == 0:
-                picture = Image.new(image.mode, (columns * width + 2, math.ceil(count / columns) * height + 2))
             if as_grid:
+                width, height = image.width + 2, image.height + 2
+                size = (columns * width + 2, math.ceil(count / columns) * height + 2)
+                picture = picture or Image.new(image.mode, size)
                 picture.paste(image, (written % columns * width + 2, written // columns * height + 2))
             else:
                 write_picture(place(written), image)

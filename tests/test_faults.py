@@ -1,19 +1,26 @@
 """What public reports and hostile use have broken: owners, by-products, moved data, odd output, odd systems."""
 
+import csv
 import errno
 import importlib
 import io
 import os
 import shutil
+import signal
+import socket
 import sqlite3
+import struct
 import subprocess
 import sys
+import time
 import types
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
+from torchvision import datasets
 
 import common
 from tests.conftest import ROOT, TRAININGS, make_folder, write_idx
@@ -44,11 +51,25 @@ def test_a_lock_is_gone_with_its_process_and_no_condition_where_there_is_none(tm
     def refuse(*_, **__):
         raise sqlite3.OperationalError("disk I/O error")  # as on some network file systems
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.sqlite3, "connect", lambda *_, **__: types.SimpleNamespace(execute=refuse, close=print))
-        with common.locked(tmp_path / "run"):
-            pass
-    assert "no lock on" in capsys.readouterr().out
+    def connect(*_, **__):
+        return types.SimpleNamespace(execute=refuse, close=print)
+
+    for sqlite in (types.SimpleNamespace(connect=connect), None):  # None: a Python without it
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "sqlite3", sqlite)
+            with common.locked(tmp_path / "run"):
+                pass
+        assert "no lock on" in capsys.readouterr().out
+
+
+def test_a_run_that_could_not_start_lets_go_of_its_folder(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/thesis.txt").touch()
+    FakeTraining(tmp_path / "own", 1).epoch()
+    with pytest.raises(common.UserError, match="is not moved aside") as kept:  # and its frames, as in a notebook
+        FakeTraining(tmp_path / "own")
+    with common.locked(tmp_path / "own"):
+        assert kept
 
 
 def test_only_a_folder_that_a_run_made_is_moved_aside(trainings, tmp_path, monkeypatch, refusal):
@@ -62,7 +83,10 @@ def test_only_a_folder_that_a_run_made_is_moved_aside(trainings, tmp_path, monke
     (tmp_path / "other").mkdir()
     torch.save({"weights": 1}, tmp_path / "other/checkpoint.pt")
     assert "no checkpoint of" in refusal("gan", *words, "--out-dir", tmp_path / "other")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "other", "own"]
+    trainings.train("gan-guo", tmp_path / "outer", "--epochs", 1)
+    trainings.train("gan-guo", tmp_path / "outer/inner", "--epochs", 1)
+    assert "is not moved aside" in refusal("gan", *words, "--out-dir", tmp_path / "outer")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "other", "outer", "own"]
 
 
 def test_a_run_keeps_out_of_the_images_that_it_learns_from(tmp_path, monkeypatch, refusal):
@@ -79,6 +103,16 @@ def test_a_run_keeps_out_of_the_images_that_it_learns_from(tmp_path, monkeypatch
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_run_learns_from_no_other_runs_pictures(trainings, tmp_path, refusal):
+    pictures = make_folder(tmp_path / "pictures", 4)
+    run = trainings.finished("dcgan-faces")
+    shutil.copytree(run, pictures / "run")
+    assert len(common.load_folder(pictures, 8, tmp_path)) == 4
+    for to in ("grid.png", "drawn"):
+        moved = ("--out-dir", run, "--sample", 4, "--dataset", pictures, "--to", pictures / to)
+        assert "learns from" in refusal("dcgan", *moved)
+
+
 @pytest.mark.parametrize("name", ["gan-guo", "cvaegan-guo"])
 def test_samples_never_mix_with_other_files(name, trainings, tmp_path, monkeypatch, refusal):
     monkeypatch.chdir(tmp_path)
@@ -89,6 +123,7 @@ def test_samples_never_mix_with_other_files(name, trainings, tmp_path, monkeypat
 
     for count, more in ((12, ()), (12, ()), (14, ())):  # the same again, or more of them, is no mixture
         trainings.main(name, *draw(count, *more)[:-1], tmp_path / "drawn")
+        (tmp_path / "drawn/.00001.png.0123456789ab.tmp").touch()  # as a kill leaves it
     assert "drawn holds other files" in refusal(script, *draw(5))
     if name == "cvaegan-guo":
         assert "drawn holds other files" in refusal(script, *draw(14, "--label", 3))
@@ -145,12 +180,28 @@ def test_a_file_system_without_fsync_is_no_mistake(number, fatal, tmp_path, monk
         assert not fatal and (tmp_path / "a").read_text() == "x"
 
 
-def test_samples_that_cannot_be_read_are_one_warning(trainings, tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["text", "bomb"])
+def test_samples_that_cannot_be_read_are_one_warning(damage, trainings, tmp_path, capsys):
     run = Path(shutil.copytree(trainings.finished("gan-guo"), tmp_path / "run"))
-    (run / "samples/epoch-0001.png").write_bytes(b"damaged")
+    picture = run / "samples/epoch-0001.png"
+    pixels = bytearray(picture.read_bytes())
+    pixels[16:24], pixels[29:33] = struct.pack(">II", 60_000, 60_000), b""
+    pixels[29:29] = struct.pack(">I", zlib.crc32(pixels[12:29]))
+    picture.write_bytes(b"damaged" if damage == "text" else pixels)
     trainings.main("gan-guo", "--out-dir", run, "--resume")
     assert capsys.readouterr().out.count("warning: ") == 1
     assert Image.open(run / "progress.gif").n_frames == 1
+
+
+def test_a_run_whose_losses_had_other_names_goes_on(trainings, tmp_path):
+    run = Path(shutil.copytree(trainings.finished("gan-guo"), tmp_path / "run"))
+    checkpoint = common.load_checkpoint(run)
+    for row in checkpoint["history"]:
+        del row["D(x)"]
+    torch.save(checkpoint, run / "checkpoint.pt")
+    trainings.main("gan-guo", "--out-dir", run, "--resume", "--epochs", 3)
+    with open(run / "log.csv", newline="") as file:
+        assert [row["D(x)"] != "" for row in csv.DictReader(file)] == [False, False, True]
 
 
 # ----------------------------------------------------------------------------------------------------- moved data
@@ -217,6 +268,10 @@ def test_at_80_columns_the_time_left_is_seen(monkeypatch, tmp_path, capsys):
     assert " left" in capsys.readouterr().out.splitlines()[-1][:79]
 
 
+def test_a_time_beyond_all_bounds_is_still_a_line():
+    assert common.clock(1e300).endswith("days, 17:46:40") and common.clock(5) == "0:00:05"
+
+
 def test_progress_waits_until_it_knows(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
@@ -263,9 +318,28 @@ def test_alpha_of_zeros_is_no_alpha_and_profiles_are_applied(tmp_path):
     half.paste((10, 200, 30, 255), (0, 0, 4, 8))
     assert common.to_rgb(half).getpixel((7, 4)) == (255, 255, 255)
     grey = Image.new("RGB", (8, 8), (120, 130, 140))
+    red_for_green = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = (slice(red_for_green.index(tag) + 4, red_for_green.index(tag) + 12) for tag in (b"rXYZ", b"gXYZ"))
+    red_for_green[red], red_for_green[green] = red_for_green[green], red_for_green[red]
+    profile = bytes(red_for_green).replace("sRGB".encode("utf-16-be"), "wild".encode("utf-16-be"))
+    colour = Image.new("RGBA", (8, 8), (10, 200, 30, 255))
+    for picture in (colour, colour.convert("RGB"), colour.convert("RGB").quantize(2)):
+        picture.save(tmp_path / "wild.png", icc_profile=profile)
+        assert common.open_picture(tmp_path / "wild.png").getpixel((4, 4)) == (200, 10, 30)
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     grey.save(tmp_path / "a.png", icc_profile=lab.tobytes())
     assert common.open_picture(tmp_path / "a.png").getpixel((4, 4)) == (120, 130, 140)
+
+
+def test_a_large_damaged_png_is_told_at_once():
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + b"\0\0\0\0"
+
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", b"\0" * 13) + chunk(b"IDAT", b"\0" * 999) * 30_000
+    started = time.process_time()
+    with pytest.raises(ValueError):
+        common.open_picture(png)
+    assert time.process_time() - started < 1
 
 
 def test_what_is_beside_the_pictures_is_not_broken_and_a_known_format_is_named(tmp_path, capsys):
@@ -378,9 +452,39 @@ def test_a_file_name_is_no_folder_of_samples(trainings, tmp_path, refusal):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rank_without_its_fellows_is_none(monkeypatch):
-    monkeypatch.setenv("RANK", "3")
+def test_a_rank_without_its_fellows_is_none(monkeypatch, refusal):
+    monkeypatch.setenv("RANK", "0")
     assert (common.rank(), common.processes()) == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert "can't join the 2 processes of torchrun" in refusal("gan", "--dataset", "digits")
+
+
+def test_a_server_that_says_nothing_is_given_up(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        wait = socket.setdefaulttimeout
+        monkeypatch.setattr(common.socket, "setdefaulttimeout", lambda seconds: wait(seconds and seconds / 600))
+        with pytest.raises(common.UserError, match="can't be downloaded .*timed out"):
+            common.load_data("mnist", tmp_path)
+    assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), MemoryError()])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(error, trainings, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    monkeypatch.setattr(datasets.mnist, "read_image_file", fail)
+    for read in (
+        lambda: common.load_checkpoint(trainings.finished("gan-guo")),
+        lambda: common.load_data("mnist", trainings.folder / "tiny"),
+    ):
+        with pytest.raises(type(error)):
+            read()
 
 
 def test_a_float_idx_file_is_damaged(tmp_path):
@@ -412,12 +516,31 @@ def test_an_interrupt_while_a_checkpoint_is_read_is_one_line(trainings, monkeypa
     assert stop.value.code == 130 and error.count("\n") == 1 and "--resume" in error
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("gap", [0, 0.01, 0.1])
+def test_a_second_interrupt_changes_nothing(gap, tmp_path):
+    command = [sys.executable, str(ROOT / "gan.py"), *"--dataset digits --epochs 999".split()]
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any(line.startswith("epoch") for line in run.stdout)
+    run.send_signal(signal.SIGINT)
+    time.sleep(gap)
+    run.send_signal(signal.SIGINT)
+    error = run.communicate(timeout=60)[1]
+    assert run.returncode == 130 and error.count("\n") == 1, error
+
+
 def test_a_busy_machine_is_told(monkeypatch, capsys):
     args = types.SimpleNamespace(device="cpu", precision="fp32", script="gan")
     monkeypatch.setattr(common.torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(common.os, "cpu_count", lambda: 2)
-    for load, told in ((0.1, False), (1.0, True)):
-        monkeypatch.setattr(common.os, "getloadavg", lambda load=load: (load, 0, 0))
+    for load, told in ((0.1, False), (1.0, True), (None, False)):  # None: the system does not tell
+
+        def average(load=load):
+            if load is None:
+                raise OSError("Load averages are unobtainable")
+            return load, 0, 0
+
+        monkeypatch.setattr(common.os, "getloadavg", average)
         common.choose_autocast(args, torch.device("cpu"))
         assert ("is busy" in capsys.readouterr().out) == told
 
