@@ -160,14 +160,6 @@ def absolute_path(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text))
 
 
-def labelled_name(text: str) -> str:
-    """An argparse type: the name of a labelled data set."""
-    if text not in LABELLED:
-        hint = "folders of images are for dcgan.py"
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(LABELLED)}; {hint}")
-    return text
-
-
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
     """An argparse type: a finite int or float in [low, high], or in (low, high] if `above`."""
     noun = "a whole number" if kind is int else "a number"
@@ -185,14 +177,14 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 
 def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Namespace:
-    """What was typed, over the checkpoint's options (if one is asked for), over the preset's.
-
-    A preset's `folder` holds what differs for folders of images. Adds `script` and `checkpoint`.
-    """
+    """What was typed, over the checkpoint's options (if one is asked for), over the preset's."""
     args = parser.parse_args(argv)
     numbers = dict(presets[args.preset])
-    of_folders = numbers.pop("folder", {})
+    of_folders = numbers.pop("folder", {})  # what differs for folders of images
     if args.dataset not in LABELLED:
+        if not any("folder" in preset for preset in presets.values()):
+            names = ", ".join(LABELLED)
+            parser.error(f"--dataset {args.dataset} is none of {names}; folders of images are for dcgan.py")
         numbers |= of_folders
     script = parser.prog.removesuffix(".py")
     out_dir = args.out_dir or f"runs/{script}-{args.preset}-{Path(args.dataset).name}"
@@ -232,7 +224,7 @@ def reporting_errors(program: str) -> Iterator[None]:
     program += f" (process {rank()})" if rank() else ""
     with contextlib.suppress(ValueError):  # outside the main thread Python allows no handlers
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a second one, while Python ends, changes nothing
+    for number in (signal.SIGINT, signal.SIGTERM):  # another, while Python ends, is ignored
         atexit.register(signal.signal, number, signal.SIG_IGN)
     with contextlib.suppress(AttributeError):  # a notebook's output, or none at all
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -294,7 +286,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         try:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", **how)
         except (ValueError, RuntimeError) as error:  # variables of a launcher, but not all
-            raise UserError(f"can't join the {processes()} processes of torchrun: {error}") from error
+            raise UserError(f"can't join {processes()} processes: {error}") from error
     return device
 
 
@@ -541,17 +533,13 @@ def draw_digits(train: bool = True) -> Data:
 
 
 def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
-    """The images under `folder`, flat or nested, as uint8 (N, 3, size, size), mapped from a cache.
-
-    It is made once, in `data_dir`, as FOLDER-PLACE-DIGEST-SIZE.images; files that changed have
-    another digest. UserError when there is no image, and when a file can't be read now.
-    """
+    """The images under `folder` as uint8 (N, 3, size, size), mapped from a file made once in `data_dir`."""
     if not folder.is_dir():
         hint = "--dataset takes a name or a folder; python crawl_anime.py fills data/anime"
         raise UserError(f"there is no folder {folder} ({hint})")
     names, digest = list_files(folder)
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
-    name = folder.name.encode(errors="replace")[:150].decode(errors="ignore")  # 255 bytes is a limit
+    name = folder.name.encode(errors="replace")[:150].decode(errors="ignore")  # 255 is a limit
     cache = data_dir / f"{name}-{place}-{digest}-{size}.images"
     found = next(data_dir.glob(f"*-{digest}-{size}.images"), None)  # made here, or before a move
     if found:
@@ -621,10 +609,9 @@ def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple
                 pixels[count * length :][:length] = torch.frombuffer(picture, dtype=torch.uint8)
                 count += 1
             progress.update(i)
-        first = "".join(c if c.isprintable() else "?" for c in ", ".join(skipped[:3]))
+        first = "".join(c if c.isprintable() else "?" for c in ", ".join(skipped[:3] or ["other kinds"]))
         if not count:
-            why = f": {first}" if skipped else ""
-            what = f"{len(names):,} files, none a usable image{why}" if names else "no file"
+            what = f"{len(names):,} files, none a usable image: {first}" if names else "no file"
             raise UserError(f"{folder} holds {what}; {', '.join(IMAGE_FORMATS)} are read")
         del pixels
         os.truncate(temporary, count * length)
@@ -634,13 +621,13 @@ def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple
 
 def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
     """All results, in order, of function(part) -> list for parts of items, in up to 8 processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers, cores, 8)  # each holds the libraries: about 0.2 GB
+    workers = min(workers, os.cpu_count() or 1, 8)  # each holds the libraries: about 0.2 GB
     how = dict(num_workers=workers, multiprocessing_context="spawn") if workers else {}
-    loader, interrupted = DataLoader(items, 16, collate_fn=function, **how), False
+    interrupted = False
     try:
-        with interrupts_wait():
-            parts = iter(loader)
+        with interrupts_wait(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fewer cores than processes
+            parts = iter(DataLoader(items, 16, collate_fn=function, **how))
         for results in parts:
             yield from results
     except RuntimeError as error:
@@ -700,10 +687,8 @@ def claims_a_picture(name: str) -> bool:
 
 
 def open_picture(source: Path | bytes, size: int = 0) -> Image.Image:
-    """A picture by its content, whatever its name, as RGB; a large JPEG at about twice `size`.
-
-    Raises ValueError that says why there is none, OSError when the file can't be read now.
-    """
+    """A picture by its content as RGB; a large JPEG at about twice `size`. Raises ValueError that says
+    why there is none, OSError when the file can't be read now."""
     opened = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
     with opened as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -759,7 +744,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         with contextlib.suppress(Exception):  # nor do damaged profiles, or a Pillow that reads none
             own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
             if "srgb" not in ImageCms.getProfileDescription(own).lower():
-                mode = "RGBA" if image.mode == "RGBA" else "RGB"
+                mode = image.mode.replace("CMYK", "RGB")
                 image = ImageCms.profileToProfile(image, own, srgb, outputMode=mode)
     if image.mode == "RGBA":
         if image.getextrema()[3] != (0, 0):  # where nothing would be seen, alpha is not used
@@ -968,7 +953,7 @@ def restore(parts: dict, states: dict) -> None:
 
 
 class Run(contextlib.ExitStack):
-    """The record of a training in its folder, locked: log, curves, pictures, checkpoint, animation."""
+    """The record of a training in its folder, locked: log, pictures, checkpoint, animation."""
 
     def __init__(self, args: argparse.Namespace, data: Data):
         super().__init__()
@@ -1017,8 +1002,8 @@ class Run(contextlib.ExitStack):
             (folder / ".made").touch()
         for leftover in (*folder.glob(TEMPORARY), *folder.glob(f"samples/{TEMPORARY}")):
             leftover.unlink(missing_ok=True)
-        size = f"{len(images):,} images, {self.steps} steps an epoch"
-        show_line(f"{args.script}: {args.preset} on {args.dataset}, {size}")
+        told = f"{args.preset} on {args.dataset}, {len(images):,} images, {self.steps} steps an epoch"
+        show_line(f"{args.script}: {told}")
         self.save_picture("real.png", grid(to_unit(images[:64].cpu())))
 
     def log(self, losses: dict[str, Tensor]) -> None:
@@ -1112,10 +1097,9 @@ class Run(contextlib.ExitStack):
     def save_log(self) -> None:
         self.save_picture("log.csv", self.history, write_log)
         _, *names, _, _ = self.history[-1]  # without the epoch and the times
-        names = [name for name in names if all(name in row for row in self.history)]
-        curves = {name: [row[name] for row in self.history] for name in names}
-        if curves:
-            self.save_picture("losses.png", plot_lines(curves, "epoch", "loss"))
+        known = [name for name in names if name in self.history[0]]
+        curves = {name: [row[name] for row in self.history] for name in known}
+        self.save_picture("losses.png", plot_lines(curves, "epoch", "loss"))
 
     def finish(self) -> None:
         """The four-panel figure, the animation, and the last line. The log too: a kill may have left it behind."""
@@ -1172,7 +1156,7 @@ def sample(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> 
         raise UserError(f"--to {target}: a grid is a PNG: give a name that ends in .png, or a folder")
     images = None if args.dataset in LABELLED else Path(args.data_dir, args.dataset).resolve()
     if images and target.resolve().is_relative_to(images):
-        raise UserError(f"--to {target} lies in {images}, whose images a run learns from: name another place")
+        raise UserError(f"--to {target}: a run learns from what is in {images}: name another place")
     if target.exists() and target.is_dir() == as_grid:
         raise UserError(f"--to {target}: there is a {'folder' if as_grid else 'file'} of that name")
     if as_grid and count > 10_000:
@@ -1190,7 +1174,7 @@ def sample(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> 
             path.unlink(missing_ok=True)
         elif not known and not path.is_dir():
             raise UserError(f"--to {target} holds other files, such as {path.name}: name an empty folder")
-    progress, columns, written, picture = Progress(count, "images"), math.ceil(math.sqrt(count)), 0, None
+    progress, columns, written, picture = Progress(count, "images"), math.ceil(count**0.5), 0, None
     for images, _ in draw(sampler, count, args.seed, device, label):
         for image in map(to_picture, images):
             if as_grid:

@@ -407,7 +407,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
     names = "mnist, fashion or digits; digits needs no download (mnist)"
-    add("--dataset", metavar="NAME", type=common.labelled_name, default="mnist", help=names)
+    add("--dataset", metavar="NAME", default="mnist", help=names)
     add("--data-dir", metavar="DIR", type=common.absolute_path, default="data", help="folder of the data sets (data)")
     add("--out-dir", metavar="DIR", type=os.path.expanduser, help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
     add("--epochs", metavar="N", type=whole, help="passes over the images (guo 200)")
