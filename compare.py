@@ -61,14 +61,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-
 try:
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image
+    from torch import Tensor, nn
+
     import common
-except ModuleNotFoundError as error:
+except ImportError as error:
     raise SystemExit(f"compare.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
 
 SAMPLES = 10_000

@@ -44,13 +44,13 @@ from typing import BinaryIO, NamedTuple
 from urllib.parse import SplitResult, quote, quote_plus, unquote, urljoin, urlsplit
 from xml.etree import ElementTree
 
-import torch
-from PIL import Image
-from torch import Tensor
-
 try:
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
     import common
-except ModuleNotFoundError as error:
+except ImportError as error:
     raise SystemExit(f"crawl_anime.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
 
 AGENT = "crawl_anime"  # the name that a robots.txt can address

@@ -43,14 +43,14 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
-
 try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+    from torch.optim.swa_utils import AveragedModel
+
     import common
-except ModuleNotFoundError as error:
+except ImportError as error:
     raise SystemExit(f"dcgan.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
 
 PRESETS = {
