@@ -123,14 +123,14 @@ class Progress:
         self.total, self.unit, self.start, self.first = total, unit, None, 0
         self.shown = time.monotonic()
 
-    def update(self, done: int) -> None:
+    def update(self, done: int, text: str = "") -> None:
         now = time.monotonic()
         if self.start is None:  # the time before the first result tells nothing of the rate
             self.start, self.first = now, done
         if now - self.shown > (0.2 if on_terminal() else 10) and done > self.first:
             self.shown, rate = now, (done - self.first) / (now - self.start)
             left = clock((self.total - done) / rate)
-            line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left"
+            line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left {text}"
             show_line(line, end="" if on_terminal() else "\n")
 
 
