@@ -600,7 +600,7 @@ def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple
         pixels = map_file(temporary, len(names) * length, shared=True)
         decode = functools.partial(decode_files, folder=folder, size=size)
         decoded = map_in_workers(decode, names, workers=len(names) // 256)
-        for i, (picture, name) in enumerate(zip(decoded, names), start=1):  # in this order to its end
+        for i, (picture, name) in enumerate(zip(decoded, names), start=1):  # this order: to its end
             if isinstance(picture, OSError):
                 raise UserError(f"can't read {folder / name}: {picture.strerror}")
             if isinstance(picture, str):
