@@ -15,6 +15,7 @@ import importlib
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -622,12 +623,12 @@ def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple
 def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
     """All results, in order, of function(part) -> list for parts of items, in up to 8 processes."""
     workers = min(workers, os.cpu_count() or 1, 8)  # each holds the libraries: about 0.2 GB
-    how = dict(num_workers=workers, multiprocessing_context="spawn") if workers else {}
+    how = dict(num_workers=workers, multiprocessing_context="spawn", worker_init_fn=end_if_orphaned)
     interrupted = False
     try:
         with interrupts_wait(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fewer cores than processes
-            parts = iter(DataLoader(items, 16, collate_fn=function, **how))
+            parts = iter(DataLoader(items, 16, collate_fn=function, **how if workers else {}))
         for results in parts:
             yield from results
     except RuntimeError as error:
@@ -638,6 +639,12 @@ def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
         parts = None  # ends them now, and not as failures when this process exits
     if interrupted:
         raise KeyboardInterrupt
+
+
+def end_if_orphaned(_) -> None:
+    """Torch's own watch misses a parent that was killed while this process started."""
+    if not multiprocessing.parent_process().is_alive():
+        os._exit(1)
 
 
 @contextlib.contextmanager

@@ -413,6 +413,23 @@ def test_two_builders_at_once_and_one_that_is_killed(folder):
 
 
 @pytest.mark.full
+@pytest.mark.skipif(os.name == "nt", reason="asks for a group of processes")
+def test_processes_that_decode_end_with_one_that_was_killed_while_they_start(folder):
+    paint(folder, 600)
+    command = [sys.executable, ROOT / "dcgan.py", "--dataset", folder, "--data-dir", folder.parent / "data"]
+    run = subprocess.Popen(command, cwd=folder.parent, start_new_session=True, stdout=subprocess.DEVNULL)
+    while not list(folder.parent.glob("data/.*.tmp")):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    run.kill()
+    run.wait()
+    with pytest.raises(ProcessLookupError):  # as soon as none of its group is left
+        for _ in range(600):
+            os.killpg(run.pid, 0)
+            time.sleep(0.1)
+
+
+@pytest.mark.full
 def test_an_interrupt_while_processes_decode_is_one_line_and_leaves_no_half_file(folder):
     paint(folder, 2000)
     options = ["--dataset", folder, "--image-size", 32, "--data-dir", folder.parent / "data"]
