@@ -69,7 +69,8 @@ try:
 
     import common
 except ImportError as error:
-    raise SystemExit(f"compare.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
+    print(f"compare.py: error: {error}: it needs common.py beside it, and requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from error
 
 SAMPLES = 10_000
 NEIGHBOURHOODS = 5_000  # images of each side for precision and recall

@@ -36,6 +36,7 @@ import re
 import shlex
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from email.utils import parsedate_to_datetime
@@ -51,7 +52,8 @@ try:
 
     import common
 except ImportError as error:
-    raise SystemExit(f"crawl_anime.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
+    print(f"crawl_anime.py: error: {error}: it needs common.py beside it, and requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from error
 
 AGENT = "crawl_anime"  # the name that a robots.txt can address
 TRIES, REDIRECTS = 5, 5

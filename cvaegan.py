@@ -36,6 +36,7 @@ Frechet distance of 0.99. An epoch takes 23 seconds (2 cores of an AMD EPYC, Zen
 # ///
 
 import os
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -47,7 +48,8 @@ try:
 
     import common
 except ImportError as error:
-    raise SystemExit(f"cvaegan.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
+    print(f"cvaegan.py: error: {error}: it needs common.py beside it, and requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from error
 
 CLASSES = 10
 FEATURES = 128  # inputs of the last layer of the discriminator and of the classifier

@@ -40,6 +40,7 @@ by `python compare.py runs/anime32-* --to assets/results-faces32`:
 # ///
 
 import os
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -51,7 +52,8 @@ try:
 
     import common
 except ImportError as error:
-    raise SystemExit(f"dcgan.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
+    print(f"dcgan.py: error: {error}: it needs common.py beside it, and requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from error
 
 PRESETS = {
     "guo": dict(

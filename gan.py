@@ -19,6 +19,7 @@ digits, speckled. compare.py: Frechet distance 12.4 (0 is perfect), precision 0.
 # ///
 
 import os
+import sys
 from argparse import Namespace
 
 try:
@@ -28,7 +29,8 @@ try:
 
     import common
 except ImportError as error:
-    raise SystemExit(f"gan.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
+    print(f"gan.py: error: {error}: it needs common.py beside it, and requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from error
 
 PRESETS = {
     "guo": dict(

@@ -24,6 +24,7 @@ its 100.
 
 import math
 import os
+import sys
 from argparse import Namespace
 
 try:
@@ -34,7 +35,8 @@ try:
 
     import common
 except ImportError as error:
-    raise SystemExit(f"vae.py: error: {error}: it needs common.py beside it, and requirements.txt") from error
+    print(f"vae.py: error: {error}: it needs common.py beside it, and requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from error
 
 PRESETS = {
     "guo": dict(epochs=200, batch_size=128, lr=1e-4, latent_size=2, convolutional=False, sizes=(256,), beta=1.0),

@@ -388,7 +388,7 @@ def test_libraries_that_do_not_fit_are_told_before_any_work(monkeypatch, refusal
 def test_a_script_alone_says_that_it_needs_common(script, tmp_path):
     shutil.copy(ROOT / f"{script}.py", tmp_path)
     done = subprocess.run([sys.executable, f"{script}.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and done.stderr.count("\n") == 1 and "common.py beside it" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "common.py beside it" in done.stderr
 
 
 @pytest.mark.full
