@@ -225,8 +225,8 @@ def reporting_errors(program: str) -> Iterator[None]:
     program += f" (process {rank()})" if rank() else ""
     with contextlib.suppress(ValueError):  # outside the main thread Python allows no handlers
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for number in (signal.SIGINT, signal.SIGTERM):  # another, while Python ends, is ignored
-        atexit.register(signal.signal, number, signal.SIG_IGN)
+    for kind in (signal.SIGINT, signal.SIGTERM):  # another, while Python ends, is ignored
+        atexit.register(signal.signal, kind, signal.SIG_IGN)
     with contextlib.suppress(AttributeError):  # a notebook's output, or none at all
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -501,9 +501,9 @@ def load_idx(name: str, data_dir: Path, train: bool) -> Data:
         labels = datasets.mnist.read_label_file(str(files[1]))
         if images.shape != (len(labels), 28, 28) or labels.max() > 9:  # of no labels an error
             raise ValueError
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # damaged files raise whatever their bytes lead to
-        if isinstance(error, (OSError, MemoryError)):
-            raise
         raise UserError(f"{files[0]} or its labels are damaged: delete both to fetch them again") from error
     return Data(images[:, None], labels.long())
 
@@ -932,9 +932,9 @@ def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign file's bytes
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # a damaged file raises whatever its bytes lead to
-        if isinstance(error, (OSError, MemoryError)):
-            raise
         raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
     parts = dict(format=int, script=str, options=dict, epoch=int, history=list, networks=dict, optimizers=dict)
     types = {k: type(v) for k, v in checkpoint.items()} if isinstance(checkpoint, dict) else {}
@@ -981,10 +981,11 @@ class Run(contextlib.ExitStack):
                 raise UserError(f"--dataset {args.dataset} holds other images than the run's")
             show_line(f"{args.script}: {args.dataset} has changed since the checkpoint: {count:,} images now")
         if rank() == 0:
-            with contextlib.ExitStack() as failed:  # a notebook lives on: let go of the folder
-                failed.push(self)
+            try:
                 self.open_folder(data.images)
-                failed.pop_all()
+            except BaseException:  # a notebook lives on: let go of the folder
+                self.close()
+                raise
         self.started = self.shown = time.perf_counter()
 
     def open_folder(self, images: Tensor) -> None:
