@@ -18,6 +18,7 @@ Prints seconds and images per second of each training from its log, and ends wit
 import argparse
 import collections
 import csv
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -49,6 +50,21 @@ def draw_figure(folders: list[str]) -> Image.Image:
 
 
 @torch.no_grad()
+def trust(judge: torch.nn.Sequential, images: torch.Tensor) -> torch.Tensor:
+    """Images uint8 (N, 1, 28, 28) to the judge's probabilities of the classes (N, 10)."""
+    return torch.cat([judge(common.to_unit(chunk)).softmax(1) for chunk in images.split(500)])
+
+
+@functools.cache
+def load_judged(dataset: str, data_dir: str) -> tuple[torch.nn.Sequential, float]:
+    """A data set's judge, and the share of its test images of whose class that is unsure."""
+    device, autocast = torch.device("cpu"), torch.autocast("cpu", torch.bfloat16, enabled=False)
+    train, test = (common.load_data(dataset, data_dir, train=part) for part in (True, False))
+    judge = compare.load_judge(Path(data_dir, f"judge-{dataset}.pt"), train, device, autocast)
+    return judge, (trust(judge, test.images).amax(1) < 0.9).double().mean().item()
+
+
+@torch.no_grad()
 def measure_claims(folder: str, options: argparse.Namespace) -> str:
     """The line of a run for --claims."""
     device, args = torch.device("cpu"), compare.parse_args([folder, "--data-dir", options.data_dir])
@@ -56,28 +72,20 @@ def measure_claims(folder: str, options: argparse.Namespace) -> str:
     dataset, epochs = checkpoint["options"]["dataset"], len(checkpoint["history"])
     if dataset not in common.LABELLED:
         return f"{run.row['run']}: a data set without classes"
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
-    train, test = (common.load_data(dataset, options.data_dir, train=part) for part in (True, False))
-    judge = compare.load_judge(Path(options.data_dir, f"judge-{dataset}.pt"), train, device, autocast)
-
-    def trust(images: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 1, 28, 28) to the probabilities of the classes (N, 10)."""
-        return torch.cat([judge(common.to_unit(chunk)).softmax(1) for chunk in images.split(500)])
-
+    judge, real_unsure = load_judged(dataset, options.data_dir)
     samples = torch.cat([images for images, _ in common.draw(run.sampler, 10_000, 0, device)])
-    most, classes = trust(samples).topk(2)
+    most, classes = trust(judge, samples).topk(2)
     unsure = most[:, 0] < 0.9
-    real = (trust(test.images).amax(1) < 0.9).double().mean()
     pairs = collections.Counter(tuple(sorted(pair)) for pair in classes[unsure].tolist()).most_common(3)
     told = ", ".join(f"{one} or {other}: {count}" for (one, other), count in pairs)
-    line = f"unsure {unsure.double().mean():.1%} (real {real:.1%}; {told})"
+    line = f"unsure {unsure.double().mean():.1%} (real {real_unsure:.1%}; {told})"
 
     shown = {}
     for epoch in {max(1, epochs // 20), max(1, epochs // 2), max(1, epochs - 1), epochs}:
         with Image.open(Path(folder, f"samples/epoch-{epoch:04}.png")) as picture:
             pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, -1)
         tiles = pixels[2:, 2:].unfold(0, 28, 30).unfold(1, 28, 30).reshape(-1, 1, 28, 28)
-        shown[epoch] = trust(tiles).argmax(1)
+        shown[epoch] = trust(judge, tiles).argmax(1)
     kept = [f"{epoch}-{epochs}: {(shown[epoch] == shown[epochs]).double().mean():.2f}" for epoch in sorted(shown)[:-1]]
     line += f"; kept {', '.join(kept)}"
 
