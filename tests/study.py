@@ -13,6 +13,8 @@ Prints seconds and images per second of each training from its log, and ends wit
              and the commonest pairs of classes among those samples
     kept     share of the 64 fixed latents whose pictures after two epochs show the same class
     morphs   CVAE-GAN: evenness of the way from each class to the next, latent and label together (as compare.py's walk)
+    styles   CVAE-GAN: test images' latents under the nine other labels: share in which the judge sees that label, and
+             how much stays of an image's ink and slant (correlation over images of one class under one label)
 """
 
 import argparse
@@ -64,6 +66,33 @@ def load_judged(dataset: str, data_dir: str) -> tuple[torch.nn.Sequential, float
     return judge, (trust(judge, test.images).amax(1) < 0.9).double().mean().item()
 
 
+def ink_and_slant(images: torch.Tensor) -> torch.Tensor:
+    """Of images (..., 1, 28, 28) in [0, 1]: mean brightness, and columns that a stroke leans a row: (2, ...)."""
+    weights = images.squeeze(-3)
+    total = weights.sum((-2, -1)).clamp(min=1e-6)
+    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    x, y = (place - ((place * weights).sum((-2, -1)) / total)[..., None, None] for place in (x, y))
+    slant = (x * y * weights).sum((-2, -1)) / (y * y * weights).sum((-2, -1)).clamp(min=1e-6)
+    return torch.stack([total / 784, slant])
+
+
+@torch.no_grad()
+def measure_styles(networks: dict, judge: torch.nn.Sequential, test: common.Data) -> tuple[float, float, float]:
+    """Share of the asked labels; correlations of ink and of slant. Of the first hundred test images of each class."""
+    eye, each = torch.eye(10), min(100, int(test.labels.bincount(minlength=10).min()))
+    real = torch.stack([test.images[test.labels == label][:each] for label in range(10)])  # (10, each, 1, 28, 28)
+    latents = cvaegan.encode(networks["encoder"], real.flatten(0, 1), eye.repeat_interleave(each, 0))
+    drawn = torch.stack([cvaegan.generate(networks["generator"], latents, row.repeat(len(latents), 1)) for row in eye])
+    drawn = drawn.unflatten(1, (10, each))  # by label, then class
+    seen = trust(judge, common.to_bytes(drawn.flatten(0, 2))).argmax(1).view(10, 10, each)
+    other = eye == 0
+    agreement = (seen == torch.arange(10)[:, None, None])[other].double().mean().item()
+    before, after = ink_and_slant(common.to_unit(real))[:, None], ink_and_slant(drawn)
+    before, after = (part - part.mean(-1, keepdim=True) for part in (before, after))
+    kept = F.cosine_similarity(before.expand_as(after)[:, other].flatten(1), after[:, other].flatten(1))
+    return agreement, *kept.tolist()
+
+
 @torch.no_grad()
 def measure_claims(folder: str, options: argparse.Namespace) -> str:
     """The line of a run for --claims."""
@@ -95,6 +124,9 @@ def measure_claims(folder: str, options: argparse.Namespace) -> str:
         morphs = cvaegan.draw_morphs(networks, real, compare.STEPS + 1).flatten(0, 1)
         features, _ = compare.judge_images(judge, common.to_bytes(morphs), device)
         line += f"; morphs {compare.evenness(features.view(10, compare.STEPS + 1, -1)):.3f}"
+        test = common.load_data(dataset, options.data_dir, train=False)
+        agreement, ink, slant = measure_styles(networks, judge, test)
+        line += f"; styles {agreement:.1%}, ink {ink:.2f}, slant {slant:.2f}"
     return f"{run.row['run']}: {line}"
 
 

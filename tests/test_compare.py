@@ -536,4 +536,32 @@ def test_the_study_trains_what_it_is_asked_to_measures_it_and_draws_it(quick, mo
     study.main(["--claims", "runs/gan-guo", "runs/cvaegan", "--data-dir", str(quick)])
     gan, classes = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"gan-guo: unsure [\d.]+% \(real [\d.]+%; .+\); kept 1-2: [01]\.\d\d", gan)
-    assert 1 / 16 <= float(re.fullmatch(r"cvaegan: unsure .+; kept 1-2: .+; morphs (\d\.\d{3})", classes)[1]) <= 1
+    figures = (
+        r"cvaegan: unsure .+; kept 1-2: .+; morphs (\d\.\d{3}); styles ([\d.]+)%, ink (-?[\d.]+), slant (-?[\d.]+)"
+    )
+    morphs, styles, ink, slant = map(float, re.fullmatch(figures, classes).groups())
+    assert 1 / 16 <= morphs <= 1 and 0 <= styles <= 100 and -1 <= ink <= 1 and -1 <= slant <= 1
+
+
+def test_ink_and_slant_of_a_leaning_stroke():
+    upright, leaning = torch.zeros(2, 1, 28, 28)
+    for y in range(4, 24):
+        upright[0, y, 10:13], leaning[0, y, y // 2 + 3 : y // 2 + 5] = 1, 0.5
+    ink, slant = study.ink_and_slant(torch.stack([upright, leaning]))
+    assert torch.allclose(ink, torch.tensor([60 / 784, 20 / 784]))
+    assert torch.allclose(slant, torch.tensor([0.0, 0.5]), atol=0.01)
+
+
+def test_styles_that_stay_and_styles_that_go(monkeypatch):
+    """A generator that copies its image keeps ink and slant and shows no asked label; one of noise keeps neither."""
+    images = common.to_bytes(torch.rand(200, 1, 28, 28) * torch.rand(200, 1, 1, 1))
+    test = common.Data(images, torch.arange(200) % 10)
+    judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    monkeypatch.setattr(study.cvaegan, "encode", lambda _, images, classes: common.to_unit(images).flatten(1))
+    monkeypatch.setattr(study.cvaegan, "generate", lambda _, latents, classes: latents.view(-1, 1, 28, 28))
+    networks = dict(encoder=None, generator=None)
+    _, ink, slant = study.measure_styles(networks, judge, test)
+    assert ink > 0.99 and slant > 0.99
+    monkeypatch.setattr(study.cvaegan, "generate", lambda _, latents, classes: torch.rand(len(latents), 1, 28, 28))
+    _, ink, slant = study.measure_styles(networks, judge, test)
+    assert abs(ink) < 0.2 and abs(slant) < 0.2
