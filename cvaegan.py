@@ -22,9 +22,20 @@ layer of discriminator D and classifier C. Losses are sums over dimensions and m
     L'_GC  -log P(c | x_p)                                 G                    0        5
 
 D and C minimise cross entropy; nothing that E and G minimise moves them: the paper's asymmetric training. The paper's
-weights balance the 49,152 numbers of a face. At 784 pixels a KL weight of 3 leaves the latents nearly unused; we use 1.
-Matched means alone let the samples of a class be alike (recall 0.06 after 2 epochs at a rate of 5e-4). L'_GD, which the
-paper replaces by L_GD, stands beside it here for variety; L'_GC holds each sample in its class.
+weights balance the 49,152 numbers of a face. What each of our four changes does at 784 pixels, by compare.py after ten
+epochs of MNIST, seeds 88 and 1, or 88 alone (AMD EPYC, Zen 3, torch 2.14.1, float32):
+
+    weights                              agreement       precision          recall
+    paper                           0.991           0.916           0.237
+    paper, but 1 for L_KL           0.951           0.788           0.463
+    ours                            0.990   0.987   0.855   0.821   0.396   0.420
+    ours, but 3 for L_KL            0.996           0.933           0.197
+    ours, but 1e-3 for both means   0.989   0.986   0.847   0.821   0.400   0.427
+    ours without L'_GD              0.983   0.980   0.840   0.816   0.413   0.451
+    ours without L'_GC              0.981   0.972   0.834   0.812   0.406   0.442
+
+A weight of 3 for L_KL halves the variety. With 1 alone a sample in twenty leaves its class: L'_GD, which the paper
+replaces by L_GD, and L'_GC bring it back. The weights of the means make no difference.
 
 After the report's 200 epochs on MNIST compare.py sees 99.5 % of the asked class, precision 0.83, recall 0.75 and a
 Frechet distance of 0.99. An epoch takes 23 seconds (2 cores of an AMD EPYC, Zen 4, bfloat16; 2,600 images a second).
