@@ -12,9 +12,9 @@ near N(0, I), so that a latent drawn from N(0, I) decodes to an image. Losses ar
 pixels and latents, means over images. Grey pixels enter as probabilities, as in the reports; figures for binarised
 MNIST don't compare.
 
-Test losses on MNIST: 152.4 nats for `guo` after 200 epochs (importance-weighted bound 149.2; 2.3 seconds an epoch on
-one core of an AMD EPYC, Zen 4, bfloat16), 99.9 for `banerjee-linear` after 100, 96.1 for `banerjee-conv` after 72 of
-its 100.
+Test losses on MNIST: 152.7 nats for `guo` after 200 epochs (importance-weighted bound 149.7; 2.9 seconds an epoch on
+one core of an AMD EPYC, Zen 3, float32), 149.2 with --lr 1e-3, 99.8 for `banerjee-linear` after 100, 96.1 for
+`banerjee-conv` after 72 of its 100.
 """
 
 # /// script
