@@ -32,7 +32,8 @@ With a beta1 of 0.9, which the report's notebook has, the discriminator wins. Tw
 take three times as long. With five sides the discriminator sees the whole image at once: a collapse at seed 0
 (Frechet 43.8, recall 0), 3.1 and 2.5 at the others, with more precision (0.74, 0.77) and less recall (0.48, 0.50).
 Spectral normalisation (Miyato et al. 2018, arXiv 1802.05957) stood in place of the discriminator's batch norm. It was
-worse on faces, too: at 32x32 after six epochs of seed 0 Frechet 55.9 against 21.1, recall 0.002 against 0.275.
+worse on faces, too: at 32x32 after six epochs of the three seeds Frechet 64.4 ± 13.4 against 21.7 ± 6.8, recall 0.01
+against 0.31.
 
 What --augment full and --ema 0.999 do on faces at 32x32: 14 epochs of each, one seed, torch 2.15,
 by `python compare.py runs/anime32-* --to assets/results-faces32`:
