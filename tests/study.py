@@ -58,6 +58,7 @@ def trust(judge: torch.nn.Sequential, images: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
+@torch.enable_grad()  # the first time the judge is trained
 def load_judged(dataset: str, data_dir: str) -> tuple[torch.nn.Sequential, float]:
     """A data set's judge, and the share of its test images of whose class that is unsure."""
     device, autocast = torch.device("cpu"), torch.autocast("cpu", torch.bfloat16, enabled=False)
@@ -116,7 +117,7 @@ def measure_claims(folder: str, options: argparse.Namespace) -> str:
         tiles = pixels[2:, 2:].unfold(0, 28, 30).unfold(1, 28, 30).reshape(-1, 1, 28, 28)
         shown[epoch] = trust(judge, tiles).argmax(1)
     kept = [f"{epoch}-{epochs}: {(shown[epoch] == shown[epochs]).double().mean():.2f}" for epoch in sorted(shown)[:-1]]
-    line += f"; kept {', '.join(kept)}"
+    line += f"; kept {', '.join(kept)}" if kept else ""
 
     if checkpoint["script"] == "cvaegan":
         networks = cvaegan.load_networks(checkpoint, device)
@@ -131,6 +132,11 @@ def measure_claims(folder: str, options: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    with common.reporting_errors("study.py"):
+        run(argv)
+
+
+def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"trainings to run, of {', '.join(TRAININGS)} (all)")
     parser.add_argument("--data-dir", default="data", help="folder with MNIST and anime (data)")

@@ -533,14 +533,19 @@ def test_the_study_trains_what_it_is_asked_to_measures_it_and_draws_it(quick, mo
     assert width > 2 * 466 and 466 < height < 600
     cvaegan.main([*words[:2], "--epochs", "2", "--out-dir", "runs/cvaegan"])
     capsys.readouterr()
+    Path(quick, "judge-mnist.pt").unlink()
     study.main(["--claims", "runs/gan-guo", "runs/cvaegan", "--data-dir", str(quick)])
-    gan, classes = capsys.readouterr().out.splitlines()
+    training, gan, classes = capsys.readouterr().out.splitlines()
+    assert "training the judge, once" in training
     assert re.fullmatch(r"gan-guo: unsure [\d.]+% \(real [\d.]+%; .+\); kept 1-2: [01]\.\d\d", gan)
     figures = (
         r"cvaegan: unsure .+; kept 1-2: .+; morphs (\d\.\d{3}); styles ([\d.]+)%, ink (-?[\d.]+), slant (-?[\d.]+)"
     )
     morphs, styles, ink, slant = map(float, re.fullmatch(figures, classes).groups())
     assert 1 / 16 <= morphs <= 1 and 0 <= styles <= 100 and -1 <= ink <= 1 and -1 <= slant <= 1
+    with pytest.raises(SystemExit) as end:
+        study.main(["--claims", "runs/absent"])
+    assert end.value.code == 2 and "study.py: error: runs/absent holds no run" in capsys.readouterr().err
 
 
 def test_ink_and_slant_of_a_leaning_stroke():
