@@ -58,7 +58,6 @@ def trust(judge: torch.nn.Sequential, images: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-@torch.enable_grad()  # the first time the judge is trained
 def load_judged(dataset: str, data_dir: str) -> tuple[torch.nn.Sequential, float]:
     """A data set's judge, and the share of its test images of whose class that is unsure."""
     device, autocast = torch.device("cpu"), torch.autocast("cpu", torch.bfloat16, enabled=False)
@@ -77,7 +76,6 @@ def ink_and_slant(images: torch.Tensor) -> torch.Tensor:
     return torch.stack([total / 784, slant])
 
 
-@torch.no_grad()
 def measure_styles(networks: dict, judge: torch.nn.Sequential, test: common.Data) -> tuple[float, float, float]:
     """Share of the asked labels; correlations of ink and of slant. Of the first hundred test images of each class."""
     eye, each = torch.eye(10), min(100, int(test.labels.bincount(minlength=10).min()))
@@ -94,7 +92,6 @@ def measure_styles(networks: dict, judge: torch.nn.Sequential, test: common.Data
     return agreement, *kept.tolist()
 
 
-@torch.no_grad()
 def measure_claims(folder: str, options: argparse.Namespace) -> str:
     """The line of a run for --claims."""
     device, args = torch.device("cpu"), compare.parse_args([folder, "--data-dir", options.data_dir])
