@@ -628,17 +628,27 @@ def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
     try:
         with interrupts_wait(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fewer cores than processes
-            parts = iter(DataLoader(items, 16, collate_fn=function, **how if workers else {}))
+            parts = iter(DataLoader(Itself(), 16, sampler=items, collate_fn=function, **how if workers else {}))
         for results in parts:
             yield from results
     except RuntimeError as error:
-        raise UserError(f"lost a process that decodes, perhaps out of memory: {error}") from error
+        why = 'out of memory, or a program without `if __name__ == "__main__":`'
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"lost a process that decodes, perhaps {why}: {first}") from error
     except KeyboardInterrupt:
         interrupted = True  # and no traceback holds the processes
     with interrupts_wait():
         parts = None  # ends them now, and not as failures when this process exits
     if interrupted:
         raise KeyboardInterrupt
+
+
+class Itself:
+    """A data set whose items are their own indices: processes start without the list, which would fill
+    the pipe to one that fails to start, and Python would wait for it for ever."""
+
+    def __getitem__(self, item):
+        return item
 
 
 def end_if_orphaned(_) -> None:
@@ -1107,7 +1117,8 @@ class Run(contextlib.ExitStack):
         _, *names, _, _ = self.history[-1]  # without the epoch and the times
         known = [name for name in names if name in self.history[0]]
         curves = {name: [row[name] for row in self.history] for name in known}
-        self.save_picture("losses.png", plot_lines(curves, "epoch", "loss"))
+        kinds = "loss" if all(" [" in name for name in known) else "loss or probability"
+        self.save_picture("losses.png", plot_lines(curves, "epoch", kinds))
 
     def finish(self) -> None:
         """The four-panel figure, the animation, and the last line. The log too: a kill may have left it behind."""

@@ -372,6 +372,16 @@ def test_a_lost_decoding_process_is_told():
         list(common.map_in_workers(end, ["a", "b"], 1))
 
 
+@pytest.mark.full
+def test_a_program_without_a_guard_is_told_and_does_not_hang(tmp_path):
+    """Each process that decodes runs such a program again, from its start, and Python ends it there."""
+    script = tmp_path / "unguarded.py"
+    call = "list(common.map_in_workers(sorted, [str(i) * 99 for i in range(999)], 2))"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport common\n" + call)
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1 and 'without `if __name__ == "__main__":`' in ended.stderr.splitlines()[-1]
+
+
 BUILD = """
 import sys
 from pathlib import Path
