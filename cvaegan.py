@@ -64,11 +64,16 @@ except ImportError as error:
 
 CLASSES = 10
 FEATURES = 128  # inputs of the last layer of the discriminator and of the classifier
-PRESETS = {"guo": dict(epochs=200, batch_size=128, lr=1e-4, seed=88, latent_size=100, weights="ours")}
 WEIGHTS = {
     "paper": dict(kl=3.0, mean=1e-3, class_mean=1e-3, adversarial=0.0, label=0.0),
     "ours": dict(kl=1.0, mean=1e-3, class_mean=1e-3, adversarial=1.0, label=5.0),
 }
+PRESETS = {
+    "guo": dict(
+        epochs=200, batch_size=128, lr=1e-4, seed=88, latent_size=100,
+        weights="ours", loss_weights=WEIGHTS["ours"],
+    )
+}  # fmt: skip
 DECAY = 0.9  # of the moving averages in L_GC: a batch holds about 13 images of a class, the averages about 130
 
 
@@ -174,7 +179,8 @@ def build(args: Namespace) -> dict[str, nn.Module]:
 
 
 def discriminator_loss(real_logits: Tensor, reconstructed_logits: Tensor, prior_logits: Tensor) -> Tensor:
-    """L_D, mean over the batch, in nats: 3 log 2 = 2.079 when it can't tell (Bao et al., section 3.1)."""
+    """L_D, mean over the batch, in nats (Bao et al., section 3.1). Of three images one is real: a discriminator that
+    can't tell says 1/3, and has log 3 + 2 log 3/2 = 1.910."""
     return (F.softplus(-real_logits) + F.softplus(reconstructed_logits) + F.softplus(prior_logits)).mean()
 
 
@@ -221,7 +227,7 @@ def make_optimizers(args: Namespace, networks: dict[str, nn.Module]) -> dict[str
 def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, networks: dict, optimizers: dict):
     """A function from a batch, uint8 (N, 1, 28, 28) and labels (N,), to the losses of one step of all networks."""
     encoder, generator, discriminator, classifier, class_means = networks.values()
-    weights = WEIGHTS[args.weights]
+    weights = args.loss_weights
 
     def step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         real = common.to_symmetric(images)  # x_r
@@ -436,6 +442,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--weights", choices=list(WEIGHTS), help="of the losses: ours for 28x28, or the paper's for 128x128 (guo ours)")
     add("--label", metavar="K", type=common.number(int, 0, CLASSES - 1), help="--sample only class K, 0 to 9")
     args = common.parse(parser, PRESETS, argv)
+    if args.checkpoint is None:  # which keeps the numbers, too: a resumed run goes on with its own
+        args.loss_weights = WEIGHTS[args.weights]
     if args.label is not None and args.sample is None:
         parser.error("--label says which class --sample draws: give --sample N too")
     return args

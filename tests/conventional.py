@@ -115,7 +115,7 @@ def cvaegan(args: Namespace, device: torch.device) -> Iterator[None]:
 
     networks = {name: n.to(device, memory_format=torch.contiguous_format) for name, n in script.build(args).items()}
     encoder, generator, discriminator, classifier, class_means = networks.values()
-    weights, sigmoid = script.WEIGHTS[args.weights], nn.Sigmoid()
+    weights, sigmoid = args.loss_weights, nn.Sigmoid()
     bce, cross_entropy, squares = nn.BCELoss(), nn.CrossEntropyLoss(), nn.MSELoss(reduction="sum")
     adam = {
         name: torch.optim.Adam(networks[name].parameters(), lr=args.lr, betas=(0.5, 0.999))

@@ -139,12 +139,10 @@ def test_moving_averages_of_each_class():
 def gradients_of(weights: dict[str, float]) -> dict[str, torch.Tensor]:
     """The gradient that each network gets in one step under these weights, as one vector."""
     torch.manual_seed(0)
-    args = options(weights="under test")
+    args = options(loss_weights=weights)
     networks = cvaegan.build(args)
     optimizers = cvaegan.make_optimizers(args, networks)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cvaegan.WEIGHTS, "under test", weights)
-        cvaegan.make_step(args, CPU, FP32, networks, optimizers)(*batch())
+    cvaegan.make_step(args, CPU, FP32, networks, optimizers)(*batch())
     return {name: torch.cat([p.grad.flatten() for p in networks[name].parameters()]) for name in NETWORKS}
 
 
@@ -293,4 +291,9 @@ def test_sampler(trained):
 
 def test_the_papers_weights_train(trainings, tmp_path):
     trainings.train("cvaegan-guo", tmp_path, "--epochs", 1, "--weights", "paper")
-    assert common.load_checkpoint(tmp_path)["options"]["weights"] == "paper"
+    checkpoint = common.load_checkpoint(tmp_path)
+    assert checkpoint["options"]["loss_weights"] == cvaegan.WEIGHTS["paper"]
+    with pytest.MonkeyPatch.context() as patch:  # another version has other numbers under the name
+        patch.setitem(cvaegan.WEIGHTS, "paper", cvaegan.WEIGHTS["ours"])
+        resumed = cvaegan.parse_args(["--resume", "--out-dir", str(tmp_path), "--epochs", "2"])
+    assert resumed.loss_weights == checkpoint["options"]["loss_weights"]
