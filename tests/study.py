@@ -147,8 +147,14 @@ def run(argv: list[str] | None) -> None:
         common.write_picture(options.to, draw_figure(options.figure))
         return
     if options.claims:
+        faults = []
         for folder in options.claims:
-            print(measure_claims(folder, options), flush=True)
+            try:
+                print(measure_claims(folder, options), flush=True)
+            except (common.UserError, OSError) as error:  # the other runs are measured all the same
+                faults.append(str(error))
+        if faults:
+            raise common.UserError("; ".join(dict.fromkeys(faults)))
         return
     if unknown := set(options.names) - set(TRAININGS):
         parser.error(f"no training named {', '.join(sorted(unknown))}: there are {', '.join(TRAININGS)}")

@@ -543,9 +543,12 @@ def test_the_study_trains_what_it_is_asked_to_measures_it_and_draws_it(quick, mo
     )
     morphs, styles, ink, slant = map(float, re.fullmatch(figures, classes).groups())
     assert 1 / 16 <= morphs <= 1 and 0 <= styles <= 100 and -1 <= ink <= 1 and -1 <= slant <= 1
+    Path("runs/cvaegan/samples/epoch-0001.png").unlink()
     with pytest.raises(SystemExit) as end:
-        study.main(["--claims", "runs/absent"])
-    assert end.value.code == 2 and "study.py: error: runs/absent holds no run" in capsys.readouterr().err
+        study.main(["--claims", "runs/absent", "runs/cvaegan", "runs/gan-guo", "--data-dir", str(quick)])
+    told = capsys.readouterr()
+    assert end.value.code == 2 and told.out == gan + "\n"  # the one that is whole, as before
+    assert told.err.startswith("study.py: error: runs/absent holds no run") and "epoch-0001.png" in told.err
 
 
 def test_ink_and_slant_of_a_leaning_stroke():
