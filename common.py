@@ -52,6 +52,11 @@ class UserError(Exception):
     """A mistake that the user can mend: shown as one line, exit status 2."""
 
 
+def first_line(error: Exception) -> str:
+    """Of a message of torch's or Python's, which may go on for many."""
+    return str(error).strip().splitlines()[0]
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """A temporary path that replaces `path` at the end, whole, or not at all. Raises UserError."""
@@ -269,8 +274,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         ImageFont.load_default(size=12)  # which needs FreeType
         best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     except Exception as error:  # libraries that don't fit each other raise anything
-        why = str(error).strip().splitlines()[0]
-        raise UserError(f"{why}: pip install -r requirements.txt mends it") from error
+        raise UserError(f"{first_line(error)}: pip install -r requirements.txt mends it") from error
     kind = best if args.device == "auto" else args.device
     if kind not in ("cpu", best):
         raise UserError(f"--device {kind}: this machine has {best}; --device auto takes it")
@@ -431,7 +435,7 @@ class GraphedStep:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                why = str(error).splitlines()[0]
+                why = first_line(error)
                 raise UserError(f"a step can't be captured ({why}): set CUDA_GRAPH=0") from error
         for own, part in zip(self.batch, batch):
             own.copy_(part)
@@ -561,7 +565,7 @@ def map_file(path: Path, size: int, shared: bool = False) -> Tensor:
     try:
         return torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)
     except RuntimeError as error:
-        raise UserError(f"{path} can't be mapped: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} can't be mapped: {first_line(error)}") from error
 
 
 def list_files(folder: Path) -> tuple[list[str], str]:
@@ -633,8 +637,7 @@ def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
             yield from results
     except RuntimeError as error:
         why = 'out of memory, or a program without `if __name__ == "__main__":`'
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"lost a process that decodes, perhaps {why}: {first}") from error
+        raise UserError(f"lost a process that decodes, perhaps {why}: {first_line(error)}") from error
     except KeyboardInterrupt:
         interrupted = True  # and no traceback holds the processes
     with interrupts_wait():
@@ -965,7 +968,7 @@ def restore(parts: dict, states: dict) -> None:
                 state = state | dict(param_groups=[group | own for group in state["param_groups"]])
             part.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        why = str(error).strip().splitlines()[0]
+        why = first_line(error)
         raise UserError(f"the checkpoint does not fit this version's networks ({why}): train anew") from error
 
 
