@@ -53,8 +53,8 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """Of a message of torch's or Python's, which may go on for many."""
-    return str(error).strip().splitlines()[0]
+    """Of a message of torch's or Python's, which may go on for many; of an empty one the error's type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -108,6 +108,16 @@ def test_descend_fits_gradients_to_parameters_laid_out_otherwise():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("message", ["one", " one\ntwo", ""])
+def test_errors_of_libraries_become_one_line_even_without_a_message(message):
+    class Network:
+        def load_state_dict(self, state):
+            raise AttributeError(message)
+
+    with pytest.raises(common.UserError, match=r"networks \((one|AttributeError)\): train anew$"):
+        common.restore({"generator": Network()}, {"generator": {}})
+
+
 def test_replacing_is_all_or_nothing(tmp_path):
     path = tmp_path / "folder/file.txt"
     with common.replacing(path) as temporary:
