@@ -52,9 +52,9 @@ class UserError(Exception):
     """A mistake that the user can mend: shown as one line, exit status 2."""
 
 
-def first_line(error: Exception) -> str:
-    """Of a message of torch's or Python's, which may go on for many; of an empty one the error's type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def message_lines(error: Exception) -> list[str]:
+    """Those of a library's message, at least one: of an empty message the error's type."""
+    return (str(error).strip() or type(error).__name__).splitlines()
 
 
 @contextlib.contextmanager
@@ -274,7 +274,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         ImageFont.load_default(size=12)  # which needs FreeType
         best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     except Exception as error:  # libraries that don't fit each other raise anything
-        raise UserError(f"{first_line(error)}: pip install -r requirements.txt mends it") from error
+        raise UserError(f"{message_lines(error)[0]}: pip install -r requirements.txt mends it") from error
     kind = best if args.device == "auto" else args.device
     if kind not in ("cpu", best):
         raise UserError(f"--device {kind}: this machine has {best}; --device auto takes it")
@@ -435,7 +435,7 @@ class GraphedStep:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                why = first_line(error)
+                why = message_lines(error)[0]
                 raise UserError(f"a step can't be captured ({why}): set CUDA_GRAPH=0") from error
         for own, part in zip(self.batch, batch):
             own.copy_(part)
@@ -494,7 +494,7 @@ def load_idx(name: str, data_dir: Path, train: bool) -> Data:
         try:
             kind(data_dir, download=True)
         except Exception as error:  # whatever a server's answer leads to
-            cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            cause = message_lines(error)[-1]
             names = ", ".join(f"{split}-{part}" for split in ("train", "t10k") for part in parts)
             way_out = f"put {names} into {raw}, or try --dataset digits, which needs none"
             raise UserError(f"{kind.__name__} can't be downloaded ({cause}): {way_out}") from error
@@ -565,7 +565,7 @@ def map_file(path: Path, size: int, shared: bool = False) -> Tensor:
     try:
         return torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)
     except RuntimeError as error:
-        raise UserError(f"{path} can't be mapped: {first_line(error)}") from error
+        raise UserError(f"{path} can't be mapped: {message_lines(error)[0]}") from error
 
 
 def list_files(folder: Path) -> tuple[list[str], str]:
@@ -637,7 +637,7 @@ def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
             yield from results
     except RuntimeError as error:
         why = 'out of memory, or a program without `if __name__ == "__main__":`'
-        raise UserError(f"lost a process that decodes, perhaps {why}: {first_line(error)}") from error
+        raise UserError(f"lost a process that decodes, perhaps {why}: {message_lines(error)[0]}") from error
     except KeyboardInterrupt:
         interrupted = True  # and no traceback holds the processes
     with interrupts_wait():
@@ -968,7 +968,7 @@ def restore(parts: dict, states: dict) -> None:
                 state = state | dict(param_groups=[group | own for group in state["param_groups"]])
             part.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        why = first_line(error)
+        why = message_lines(error)[0]
         raise UserError(f"the checkpoint does not fit this version's networks ({why}): train anew") from error
 
 
