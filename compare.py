@@ -1,4 +1,4 @@
-"""Measure finished runs side by side; the figures replace visual comparison. Nothing is downloaded.
+"""Measure finished runs side by side; the figures replace visual comparison. No trained network is downloaded.
 
     python compare.py runs/*                         # a table of all runs, and comparison.{md,csv,json,png}
     python compare.py --grid gan.py --lr 1e-4 2e-4 3e-4 --batch-size 64 128 --epochs 5     # a grid search
@@ -27,10 +27,11 @@ half) take the place of samples. A perfect model would get that row's figures.
     bound [nats]   importance-weighted lower bound, a tighter one: the ELBO plus the gap between both on 250 test images
 
 Features are those of the judge, a small network. It is trained once on the training images and kept in the data folder:
-105 seconds on 2 cores with bfloat16 (AMD EPYC, Zen 4), 205 without (Intel Xeon, Ice Lake). With labels it classifies
-images, sound and badly drawn: 99.4 % of MNIST's test images right. Without labels it learns to know an image by any
-crop of it (Chen et al. 2020), at 32x32 pixels: it sees poses, colours and layouts, and no fine detail. Wasserstein and
-sharpness see fine detail and no layout. Figures of two judges, or of two data sets, can't be compared.
+105 seconds on 2 cores with bfloat16 (AMD EPYC, Zen 4, torch 2.15), 205 without (Intel Xeon, Ice Lake, torch 2.14.1).
+With labels it classifies images, sound and badly drawn: 99.4 % of MNIST's test images right. Without labels it learns
+to know an image by any crop of it (Chen et al. 2020), at 32x32 pixels: it sees poses, colours and layouts, and no fine
+detail. Wasserstein and sharpness see fine detail and no layout. Figures of two judges, or of two data sets, can't be
+compared.
 
 --grid trains every combination of the values, each in a folder of its own under grids/, and ranks them by Frechet
 distance. The same command goes on with an interrupted grid.

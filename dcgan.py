@@ -13,11 +13,12 @@ report's text states these rules. The second report's networks have a linear lay
 the reports are silent we use Gaussian latents, Adam's beta1 of 0.5 (Radford et al., section 4), and one batch of
 generated images a step, which serves both players.
 
-An epoch of MNIST takes 38 seconds on 2 cores of an AMD EPYC (Zen 3, float32), one of 16,036 faces two minutes (Zen 4,
-bfloat16). compare.py's Frechet distance after the reports' epochs: 1.7 on MNIST (1.5 with --ema 0.999), 19.7 on the
-faces. For faces use --ema 0.999: 4.2 instead of 19.7, under 1 % slower.
+An epoch of MNIST takes 38 seconds on 2 cores of an AMD EPYC (Zen 3, torch 2.14.1, float32), one of 16,036 faces 2.3
+minutes (Zen 4, torch 2.14.1, bfloat16). compare.py's Frechet distance after the reports' epochs: 1.7 on MNIST (1.5 with
+--ema 0.999), 19.7 on the faces. For faces use --ema 0.999: 4.2 instead of 19.7, under 1 % slower.
 
-The digits' network was chosen after ten epochs of MNIST (mean and deviation of seeds 0, 1 and 2; else seed 0 alone):
+The digits' network was chosen after ten epochs of MNIST (mean and deviation of seeds 0, 1 and 2; else seed 0 alone;
+AMD EPYC, Zen 3, torch 2.14.1, float32):
 
     sides, channels                  weights       Frechet      precision         recall      KL [nats]
     7-14-28, 64-32                   383,650  14.66 ± 0.50  0.480 ± 0.020  0.718 ± 0.013  0.061 ± 0.013
@@ -35,8 +36,8 @@ Spectral normalisation (Miyato et al. 2018, arXiv 1802.05957) stood in place of 
 worse on faces, too: at 32x32 after six epochs of the three seeds Frechet 64.4 ± 13.4 against 21.7 ± 6.8, recall 0.01
 against 0.31.
 
-What --augment full and --ema 0.999 do on faces at 32x32: 14 epochs of each, one seed, torch 2.15,
-by `python compare.py runs/anime32-* --to assets/results-faces32`:
+What --augment full and --ema 0.999 do on faces at 32x32: 14 epochs of each, one seed (AMD EPYC, Zen 4, torch 2.15,
+bfloat16), by `python compare.py runs/anime32-* --to assets/results-faces32`:
 
     run               Frechet  precision  recall  Wasserstein  sharpness  noise
     real images          0.20      0.915   0.924          7.4       1.00   1.00

@@ -13,7 +13,7 @@ pixels and latents, means over images. Grey pixels enter as probabilities, as in
 MNIST don't compare.
 
 Test losses on MNIST: 152.7 nats for `guo` after 200 epochs (importance-weighted bound 149.7; 2.9 seconds an epoch on
-one core of an AMD EPYC, Zen 3, float32), 149.2 with --lr 1e-3, 99.8 for `banerjee-linear` and 95.5 for
+one core of an AMD EPYC, Zen 3, torch 2.14.1, float32), 149.2 with --lr 1e-3, 99.8 for `banerjee-linear` and 95.5 for
 `banerjee-conv` after 100.
 """
 

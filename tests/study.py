@@ -92,6 +92,19 @@ def measure_styles(networks: dict, judge: torch.nn.Sequential, test: common.Data
     return agreement, *kept.tolist()
 
 
+def read_grid(path: Path) -> torch.Tensor:
+    """The 64 pictures of a grid of samples, uint8 (64, 1, 28, 28). UserError if the file is none."""
+    try:
+        with Image.open(path) as picture:
+            kind, pixels = (picture.mode, picture.size), bytearray(picture.tobytes())
+    except OSError as error:  # absent or cut short
+        raise common.UserError(f"{path} can't be read ({error}): --claims needs the run's samples/") from error
+    if kind != ("L", (242, 242)):
+        raise common.UserError(f"{path} is no grid of 64 digits: --claims needs the run's own samples/")
+    pixels = torch.frombuffer(pixels, dtype=torch.uint8).view(242, 242)
+    return pixels[2:, 2:].unfold(0, 28, 30).unfold(1, 28, 30).reshape(-1, 1, 28, 28)
+
+
 def measure_claims(folder: str, options: argparse.Namespace) -> str:
     """The line of a run for --claims."""
     device, args = torch.device("cpu"), compare.parse_args([folder, "--data-dir", options.data_dir])
@@ -109,10 +122,7 @@ def measure_claims(folder: str, options: argparse.Namespace) -> str:
 
     shown = {}
     for epoch in {max(1, epochs // 20), max(1, epochs // 2), max(1, epochs - 1), epochs}:
-        with Image.open(Path(folder, f"samples/epoch-{epoch:04}.png")) as picture:
-            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, -1)
-        tiles = pixels[2:, 2:].unfold(0, 28, 30).unfold(1, 28, 30).reshape(-1, 1, 28, 28)
-        shown[epoch] = trust(judge, tiles).argmax(1)
+        shown[epoch] = trust(judge, read_grid(Path(folder, f"samples/epoch-{epoch:04}.png"))).argmax(1)
     kept = [f"{epoch}-{epochs}: {(shown[epoch] == shown[epochs]).double().mean():.2f}" for epoch in sorted(shown)[:-1]]
     line += f"; kept {', '.join(kept)}" if kept else ""
 
