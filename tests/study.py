@@ -11,7 +11,7 @@ Prints seconds and images per second of each training from its log, and ends wit
 
     unsure   share of 10,000 samples whose class has less than 0.9 of the judge's trust, that of real test images,
              and the commonest pairs of classes among those samples
-    kept     share of the 64 fixed latents whose pictures show the same class after both epochs named
+    kept     share of the fixed latents (64; CVAE-GAN 100) whose pictures show the same class after both epochs named
     morphs   CVAE-GAN: evenness of the way from each class to the next, latent and label together (as compare.py's walk)
     styles   CVAE-GAN: test images' latents under the nine other labels: share in which the judge sees that label, and
              how much stays of an image's ink and slant (correlation over images of one class under one label)
@@ -93,15 +93,15 @@ def measure_styles(networks: dict, judge: torch.nn.Sequential, test: common.Data
 
 
 def read_grid(path: Path) -> torch.Tensor:
-    """The 64 pictures of a grid of samples, uint8 (64, 1, 28, 28). UserError if the file is none."""
+    """The pictures of a grid of samples, uint8 (N, 1, 28, 28). UserError if the file is none."""
     try:
         with Image.open(path) as picture:
-            kind, pixels = (picture.mode, picture.size), bytearray(picture.tobytes())
+            mode, (width, height), content = picture.mode, picture.size, bytearray(picture.tobytes())
     except OSError as error:  # absent or cut short
         raise common.UserError(f"{path} can't be read ({error}): --claims needs the run's samples/") from error
-    if kind != ("L", (242, 242)):
-        raise common.UserError(f"{path} is no grid of 64 digits: --claims needs the run's own samples/")
-    pixels = torch.frombuffer(pixels, dtype=torch.uint8).view(242, 242)
+    if mode != "L" or min(width, height) < 32 or width % 30 != 2 or height % 30 != 2:
+        raise common.UserError(f"{path} is no grid of digits: --claims needs the run's own samples/")
+    pixels = torch.frombuffer(content, dtype=torch.uint8).view(height, width)
     return pixels[2:, 2:].unfold(0, 28, 30).unfold(1, 28, 30).reshape(-1, 1, 28, 28)
 
 
@@ -123,6 +123,8 @@ def measure_claims(folder: str, options: argparse.Namespace) -> str:
     shown = {}
     for epoch in {max(1, epochs // 20), max(1, epochs // 2), max(1, epochs - 1), epochs}:
         shown[epoch] = trust(judge, read_grid(Path(folder, f"samples/epoch-{epoch:04}.png"))).argmax(1)
+    if len({len(classes) for classes in shown.values()}) > 1:
+        raise common.UserError(f"{folder}: the grids in samples/ differ in size: they are of several runs")
     kept = [f"{epoch}-{epochs}: {(shown[epoch] == shown[epochs]).double().mean():.2f}" for epoch in sorted(shown)[:-1]]
     line += f"; kept {', '.join(kept)}" if kept else ""
 

@@ -549,6 +549,11 @@ def test_the_study_trains_what_it_is_asked_to_measures_it_and_draws_it(quick, mo
     told = capsys.readouterr()
     assert end.value.code == 2 and told.out == gan + "\n"  # the one that is whole, as before
     assert told.err.startswith("study.py: error: runs/absent holds no run") and "epoch-0001.png" in told.err
+    Image.new("RGB", (242, 242)).save("runs/cvaegan/samples/epoch-0001.png")
+    with pytest.raises(SystemExit):
+        study.main(["--claims", "runs/cvaegan", "runs/gan-guo", "--data-dir", str(quick)])
+    told = capsys.readouterr()
+    assert told.out == gan + "\n" and "epoch-0001.png is no grid of digits" in told.err
 
 
 def test_ink_and_slant_of_a_leaning_stroke():
