@@ -11,7 +11,7 @@ Prints seconds and images per second of each training from its log, and ends wit
 
     unsure   share of 10,000 samples whose class has less than 0.9 of the judge's trust, that of real test images,
              and the commonest pairs of classes among those samples
-    kept     share of the fixed latents (64; CVAE-GAN 100) whose pictures show the same class after both epochs named
+    kept     share of the fixed latents (64; CVAE-GAN 80) whose pictures show the same class after both epochs named
     morphs   CVAE-GAN: evenness of the way from each class to the next, latent and label together (as compare.py's walk)
     styles   CVAE-GAN: test images' latents under the nine other labels: share in which the judge sees that label, and
              how much stays of an image's ink and slant (correlation over images of one class under one label)
