@@ -18,7 +18,6 @@ noise for each player, `.item()` every step, plain Adam, float32. AMD EPYC (Zen 
                                     images/s  images/s               products
     gan-guo                    100    25,304     6,151   4.11    2.8      49%
     gan-banerjee               128    14,122     4,556   3.10    1.0      51%
-    dcgan-guo                  128     4,188     1,602   2.61    2.2      19%
     dcgan-guo-anime            128       139        62   2.24    2.5       4%
     dcgan-banerjee             128       413       209   1.98    1.7      10%
     vae-guo                    128    41,815    11,527   3.63    2.5      54%
@@ -37,7 +36,6 @@ torch 2.14.1, float32:
 
     gan-guo                    100    12,036     3,465   3.47    2.8      48%
     gan-banerjee               128     5,450     1,841   2.96    1.0      58%
-    dcgan-guo                  128     1,354       791   1.71    2.2      35%
     dcgan-guo-anime            128        73        48   1.52    2.5       1%
     dcgan-banerjee             128       223       153   1.46    1.7      10%
     vae-guo                    128    26,499     6,772   3.91    2.5      69%
@@ -45,8 +43,8 @@ torch 2.14.1, float32:
     vae-banerjee-conv          128       427       332   1.29    1.5       9%
     cvaegan                    128     1,328       440   3.02    2.0      27%
 
-With the digits' network as it is now (both tables above have the former one). AMD EPYC (Zen 3), 2 cores, torch 2.14.1,
-float32, `--seconds 6`; the faces were not timed in it:
+AMD EPYC (Zen 3), 2 cores, torch 2.14.1, float32, `--seconds 6`; the digits' dcgan-guo was timed here alone, the faces
+were not:
 
     gan-guo                    100    13,399     3,603   3.72    2.8      32%
     gan-banerjee               128     8,804     3,137   2.81    1.0      37%
