@@ -97,7 +97,7 @@ def read_grid(path: Path) -> torch.Tensor:
     try:
         with Image.open(path) as picture:
             mode, (width, height), content = picture.mode, picture.size, bytearray(picture.tobytes())
-    except OSError as error:  # absent or cut short
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
         raise common.UserError(f"{path} can't be read ({error}): --claims needs the run's samples/") from error
     if mode != "L" or min(width, height) < 32 or width % 30 != 2 or height % 30 != 2:
         raise common.UserError(f"{path} is no grid of digits: --claims needs the run's own samples/")

@@ -554,6 +554,13 @@ def test_the_study_trains_what_it_is_asked_to_measures_it_and_draws_it(quick, mo
         study.main(["--claims", "runs/cvaegan", "runs/gan-guo", "--data-dir", str(quick)])
     told = capsys.readouterr()
     assert told.out == gan + "\n" and "epoch-0001.png is no grid of digits" in told.err
+    content = Path("runs/gan-guo/samples/epoch-0001.png").read_bytes()
+    at = content.index(b"IDAT")  # a wrong length of it: Pillow raises SyntaxError
+    Path("runs/cvaegan/samples/epoch-0001.png").write_bytes(content[: at - 4] + b"\0\0\0\5" + content[at:])
+    with pytest.raises(SystemExit):
+        study.main(["--claims", "runs/cvaegan", "runs/gan-guo", "--data-dir", str(quick)])
+    told = capsys.readouterr()
+    assert told.out == gan + "\n" and "epoch-0001.png can't be read" in told.err
 
 
 def test_ink_and_slant_of_a_leaning_stroke():
