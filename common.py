@@ -5,41 +5,34 @@ pictures, a run's folder, sampling. Images are uint8 (N, C, H, W) until a traini
 """
 
 import argparse
-import atexit
 import contextlib
 import csv
-import errno
-import functools
+import glob
 import hashlib
-import importlib
 import io
 import itertools
 import math
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import sys
-import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 LABELLED = ("mnist", "fashion", "digits")  # data sets of 28x28 grey images in ten classes
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # others may start programs
+PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+MNIST_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
 CHECKPOINT_FORMAT = 1
 NOT_KEPT = {"script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint"}
 TEMPORARY = f".*.{'[0-9a-f]' * 12}.tmp"  # the names of `replacing`
@@ -52,27 +45,23 @@ class UserError(Exception):
     """A mistake that the user can mend: shown as one line, exit status 2."""
 
 
-def message_lines(error: Exception) -> list[str]:
-    """Those of a library's message, at least one: of an empty message the error's type."""
-    return (str(error).strip() or type(error).__name__).splitlines()
+def one_line(error: BaseException) -> str:
+    """A library's message, or the error's type where it has none, in at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """A temporary path that replaces `path` at the end, whole, or not at all. Raises UserError."""
     path = Path(path)
-    made = not path.parent.exists()
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if sync:  # for the case of a power cut
-            with open(temporary, "rb+") as file:
-                try:
-                    os.fsync(file.fileno())
-                except OSError as error:
-                    if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-                        raise  # else the file system knows no such thing
+        if sync:  # for the case of a power cut; some file systems have no such call
+            with open(temporary, "rb+") as file, contextlib.suppress(OSError):
+                os.fsync(file.fileno())
         for _ in range(10):
             with contextlib.suppress(PermissionError):  # on Windows, while another program reads it
                 os.replace(temporary, path)
@@ -84,34 +73,38 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-            if made:
-                path.parent.rmdir()  # if it is empty
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder: SQLite locks on every system, until a process ends."""
+    """Keep other processes out of a folder while the block runs. UserError if one is in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
+    fresh = folder / f".lock.{os.urandom(6).hex()}.tmp"
+    with contextlib.ExitStack() as held:
         try:
-            sqlite3 = importlib.import_module("sqlite3")  # which some Pythons lack
-            lock = stack.enter_context(contextlib.closing(sqlite3.connect(folder / ".lock", timeout=0)))
-            lock.execute("PRAGMA journal_mode = MEMORY")  # no second file
-            lock.execute("BEGIN EXCLUSIVE")
-        except Exception as error:
-            if "locked" in str(error):
+            lock_file(fresh).close()  # some network drives have no locks: there SQLite calls any file locked
+            fresh.unlink()
+            held.enter_context(contextlib.closing(lock_file(folder / ".lock")))
+        except Exception as error:  # some Pythons lack sqlite3
+            if "locked" in str(error) and not fresh.exists():
                 raise UserError(f"another process writes to {folder}: wait, or name another folder") from error
-            show_line(f"no lock on {folder} ({error}): let no other process write there")
+            fresh.unlink(missing_ok=True)
+            show_line(f"no lock on {folder} ({one_line(error)}): let no other process write there")
         yield
 
 
-def clock(seconds: float) -> str:
-    """Seconds as 0:00:05."""
-    return str(timedelta(seconds=min(round(seconds), 10**13)))  # which is near timedelta's limit
+def lock_file(path: Path) -> Any:
+    """A connection that holds SQLite's lock on a file: the same on every system, gone with the process."""
+    import sqlite3
+
+    lock = sqlite3.connect(path, timeout=0)
+    lock.execute("PRAGMA journal_mode = MEMORY")  # no second file
+    lock.execute("BEGIN EXCLUSIVE")
+    return lock
 
 
 def on_terminal() -> bool:
-    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def show_line(line: str, end: str = "\n") -> None:
@@ -122,60 +115,62 @@ def show_line(line: str, end: str = "\n") -> None:
         print(line, end=end, flush=True)
 
 
+def clock(seconds: float) -> str:
+    """Seconds as 0:00:05."""
+    return str(timedelta(seconds=round(seconds)))
+
+
 class Progress:
-    """A line of the work done, its rate and the time left: rewritten, or now and then a new one."""
+    """The pace of a long job of `total` parts, and a line of it now and then."""
 
     def __init__(self, total: int, unit: str):
-        self.total, self.unit, self.start, self.first = total, unit, None, 0
-        self.shown = time.monotonic()
+        self.total, self.unit = total, unit
+        self.start = self.shown = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether to show a line: five times a second on a terminal, else twice a minute."""
+        due = time.monotonic() - self.shown > (0.2 if on_terminal() else 30)
+        if due:
+            self.shown = time.monotonic()
+        return due
+
+    def time_left(self, done: int) -> str:
+        return clock((time.monotonic() - self.start) / done * (self.total - done))
 
     def update(self, done: int, text: str = "") -> None:
-        now = time.monotonic()
-        if self.start is None:  # the time before the first result tells nothing of the rate
-            self.start, self.first = now, done
-        if now - self.shown > (0.2 if on_terminal() else 10) and done > self.first:
-            self.shown, rate = now, (done - self.first) / (now - self.start)
-            left = clock((self.total - done) / rate)
-            line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, {left} left {text}"
-            show_line(line, end="" if on_terminal() else "\n")
+        """Tell how many parts are done."""
+        if done and self.is_due():
+            rate = done / (time.monotonic() - self.start)
+            line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second"
+            show_line(f"{line}, {self.time_left(done)} left {text}", "" if on_terminal() else "\n")
 
 
 # --------------------------------------------------------------------------------- the command line
 class Parser(argparse.ArgumentParser):
-    """A parser that tells a mistake in one line, and ignores a notebook's own arguments."""
+    """A parser whose mistakes are UserErrors, and that ignores a notebook's own arguments."""
 
     def parse_known_args(self, args=None, namespace=None):
         in_cell = args is None and "kernel_launcher" in sys.argv[0]
         return super().parse_known_args([] if in_cell else args, namespace)
 
-    def error(self, message: str):
-        leave(2, self.prog, f"error: {message}")
-
-
-def leave(status: int, program: str, message: str) -> NoReturn:
-    """End with a status and one line on standard error, whatever names from outside are in it."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    if on_terminal():
-        show_line("", end="")  # off the unfinished progress line
-    with contextlib.suppress(OSError):  # nobody reads it any more
-        print(f"{program}: {line}", file=sys.stderr, flush=True)
-    raise SystemExit(status)
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def absolute_path(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text))
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
-    """An argparse type: a finite int or float in [low, high], or in (low, high] if `above`."""
+def number(kind: type, low: float, high: float = 2**63, above: bool = False) -> Callable:
+    """An argparse type: an int or float in [low, high], or in (low, high] if `above`."""
     noun = "a whole number" if kind is int else "a number"
     noun += f" above {low:g}" if above else f" of at least {low:g}"
-    noun += f" and at most {high:g}" if high < math.inf else ""
+    noun += f" and at most {high:g}" if high < 2**62 else ""
 
     def convert(text: str):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if low <= value <= high and abs(value) < 2**63 and not (above and value == low):
+            if low <= value <= high and not (above and value == low):
                 return value
         raise argparse.ArgumentTypeError(f"must be {noun}, not {text!r}")
 
@@ -188,9 +183,6 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Nam
     numbers = dict(presets[args.preset])
     of_folders = numbers.pop("folder", {})  # what differs for folders of images
     if args.dataset not in LABELLED:
-        if not any("folder" in preset for preset in presets.values()):
-            names = ", ".join(LABELLED)
-            parser.error(f"--dataset {args.dataset} is none of {names}; folders of images are for dcgan.py")
         numbers |= of_folders
     script = parser.prog.removesuffix(".py")
     out_dir = args.out_dir or f"runs/{script}-{args.preset}-{Path(args.dataset).name}"
@@ -203,9 +195,8 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Nam
     if not (args.resume or args.sample is not None or getattr(args, "evaluate", False)):
         return args
     checkpoint = load_checkpoint(out_dir, script)
-    stored, fresh = checkpoint["options"], run_options(args)
-    if {k: type(v) for k, v in stored.items()} != {k: type(v) for k, v in fresh.items()}:
-        odd = sorted(set(stored) ^ set(fresh)) or "of other types"
+    stored = checkpoint["options"]
+    if odd := sorted(set(stored) ^ set(run_options(args))):
         parser.error(f"the checkpoint is of another {script}.py (options {odd}): train anew")
     parser.set_defaults(**stored, checkpoint=checkpoint)
     args = parser.parse_args(argv)
@@ -227,54 +218,54 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def reporting_errors(program: str) -> Iterator[None]:
     """End with a line, not a traceback: status 2 for a mistake, 130 for Ctrl-C and SIGTERM."""
-    program += f" (process {rank()})" if rank() else ""
     with contextlib.suppress(ValueError):  # outside the main thread Python allows no handlers
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for kind in (signal.SIGINT, signal.SIGTERM):  # another, while Python ends, is ignored
-        atexit.register(signal.signal, kind, signal.SIG_IGN)
-    with contextlib.suppress(AttributeError):  # a notebook's output, or none at all
+    if hasattr(sys.stdout, "reconfigure"):  # not a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         if dist.is_initialized():
             dist.barrier()  # a process that leaves early takes its connections with it
+        return
     except KeyboardInterrupt as interrupt:
-        leave(130, program, str(interrupt) or "interrupted: a training goes on with --resume")
-    except BrokenPipeError as error:
-        sys.stdout = None  # nobody reads it any more
-        leave(2, program, f"error: the output was closed: {error.strerror}")
+        status, told = 130, str(interrupt) or "interrupted: a training goes on with --resume"
     except (UserError, OSError) as error:
-        leave(getattr(error, "status", 2), program, f"error: {error}")
+        status, told = getattr(error, "status", 2), f"error: {error}"
     except (MemoryError, RuntimeError) as error:
         text = str(error).lower()  # torch has no type for the processor's memory
-        if isinstance(error, MemoryError) or ("alloc" in text and "memory" in text):
-            leave(2, program, "error: out of memory: a smaller --batch-size needs less")
-        raise
+        if not isinstance(error, MemoryError) and not ("alloc" in text and "memory" in text):
+            raise
+        status, told = 2, "error: out of memory: a smaller --batch-size needs less"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if on_terminal():
+        show_line("", end="")  # off the unfinished progress line
+    program += f" (process {rank()})" if rank() else ""
+    print(f"{program}: {' '.join(told.splitlines())}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
 
 
 # ----------------------------------------------------------------------------- device and processes
+def processes() -> int:
+    """How many processes torchrun started, else 1."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def rank() -> int:
     """This process's number under torchrun, else 0. Only process 0 prints and writes."""
     return int(os.environ["RANK"]) if processes() > 1 else 0
 
 
-def processes() -> int:
-    """How many processes torchrun started, else 1."""
-    started = {"RANK", "MASTER_ADDR", "WORLD_SIZE"} <= os.environ.keys()
-    return int(os.environ["WORLD_SIZE"]) if started else 1
-
-
 def choose_device(args: argparse.Namespace) -> torch.device:
     """The device that `--device` names; UserError if it is absent. Joins torchrun's processes."""
     try:
-        importlib.import_module("torchvision")
+        import torchvision  # noqa: F401  # fails here, before any work, if it does not fit torch
+
         ImageFont.load_default(size=12)  # which needs FreeType
         best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    except Exception as error:  # libraries that don't fit each other raise anything
-        raise UserError(f"{message_lines(error)[0]}: pip install -r requirements.txt mends it") from error
+    except Exception as error:
+        raise UserError(f"{one_line(error)}: pip install -r requirements.txt mends it") from error
     kind = best if args.device == "auto" else args.device
     if kind not in ("cpu", best):
         raise UserError(f"--device {kind}: this machine has {best}; --device auto takes it")
@@ -286,30 +277,21 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if processes() > 1 and not dist.is_initialized():
+        backend, card = ("nccl", device) if kind == "cuda" else ("gloo", None)
         # A day: the others wait while the first decodes a folder; torchrun ends all if one is lost.
-        how = dict(timeout=timedelta(days=1), device_id=device if kind == "cuda" else None)
-        try:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", **how)
-        except (ValueError, RuntimeError) as error:  # variables of a launcher, but not all
-            raise UserError(f"can't join {processes()} processes: {error}") from error
+        dist.init_process_group(backend, timeout=timedelta(days=1), device_id=card)
     return device
 
 
 def choose_autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
     """A context for matrix products and convolutions in `--precision`. Prints it and the device."""
-    precision, why = args.precision, "as asked"
+    native, precision = has_native_bf16(device), args.precision
     if precision == "auto":
-        native = has_native_bf16(device)
-        precision, why = ("bf16", "native here: yes") if native else ("fp32", "native here: no")
+        precision = "bf16" if native else "fp32"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name += f", {processes()} processes" if processes() > 1 else ""
-    show_line(f"{args.script}: device {name}; precision {precision} (bf16 {why})")
-    load = 0
-    with contextlib.suppress(AttributeError, OSError):  # not every system tells
-        load = os.getloadavg()[0]
-    if device.type == "cpu" and 1 < torch.get_num_threads() > (os.cpu_count() or 1) - load + 0.5:
-        show_line(f"{args.script}: this machine is busy (load {load:.1f}): OMP_NUM_THREADS=1 is faster then")
+    show_line(f"{args.script}: device {name}; precision {precision} (bf16 native here: {'yes' if native else 'no'})")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -328,47 +310,13 @@ def seed_everything(seed: int, epoch: int = 0) -> None:
     torch.manual_seed(int(hashlib.sha256(f"{seed} {epoch}".encode()).hexdigest()[:8], 16))
 
 
-def rand(count: int, *shape: int, device: torch.device | str) -> Tensor:
-    """This process's rows (count, *shape) of the numbers in [0, 1) drawn for the whole batch."""
-    return own_rows(torch.rand(count * processes(), *shape, device=device))
-
-
-def randn(count: int, *shape: int, device: torch.device | str) -> Tensor:
-    """This process's rows (count, *shape) of the Gaussian noise drawn for the whole batch."""
-    return own_rows(torch.randn(count * processes(), *shape, device=device))
-
-
-def own_rows(whole: Tensor) -> Tensor:
-    """This process's share of what every process has drawn alike for the whole batch."""
-    return whole.chunk(processes())[rank()]
-
-
-class Dropout2d(nn.Dropout2d):
-    """nn.Dropout2d, which under several processes draws other masks in each."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        if not self.training:
-            return values
-        ones = values.new_ones(len(values) * processes(), values.shape[1], 1, 1)
-        return values * own_rows(nn.functional.dropout2d(ones, self.p))
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum. Its gradient reaches this process's part, weighed for apply_gradients' average."""
-    if not dist.is_initialized():
-        return values
-    total = values.detach().clone()
-    dist.all_reduce(total)
-    return total + processes() * (values - values.detach())
-
-
 # ---------------------------------------------------------------------------------- optimizer steps
 def adam(parameters, lr: float, beta1: float = 0.9) -> torch.optim.Adam:
     """Adam in one kernel a step (fused), which a CUDA graph can capture."""
     parameters = list(parameters)
-    kind = parameters[0].device.type
-    graphed = kind == "cuda" and processes() == 1 and os.environ.get("CUDA_GRAPH") != "0"
-    return torch.optim.Adam(parameters, lr, (beta1, 0.999), fused=kind in ("cpu", "cuda"), capturable=graphed)
+    device = parameters[0].device
+    how = dict(fused=device.type in ("cpu", "cuda"), capturable=is_captured(device))
+    return torch.optim.Adam(parameters, lr, (beta1, 0.999), **how)
 
 
 def gradients(loss: Tensor, optimizer: torch.optim.Optimizer, retain: bool = False) -> tuple:
@@ -401,12 +349,14 @@ def distribute(network: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if shared else network
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether steps are CUDA graphs; several processes exchange gradients within a step, which no graph holds."""
+    return device.type == "cuda" and processes() == 1 and os.environ.get("CUDA_GRAPH") != "0"
+
+
 def capture(step: Callable, device: torch.device) -> Callable:
-    """`step` as one CUDA graph, where that can be unless the environment has CUDA_GRAPH=0."""
-    if device.type != "cuda" or os.environ.get("CUDA_GRAPH") == "0":
-        return step
-    if processes() > 1:
-        show_line("no CUDA graph: several processes exchange gradients within a step")
+    """`step` as one CUDA graph, on CUDA with one process, unless the environment has CUDA_GRAPH=0."""
+    if not is_captured(device):
         return step
     warnings.filterwarnings("ignore", message=".*capturable=True.*")  # of steps before the capture
     return GraphedStep(step)
@@ -432,11 +382,8 @@ class GraphedStep:
             try:
                 with torch.cuda.graph(self.graph, stream=self.stream):
                     self.losses = self.run(self.batch)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
-                why = message_lines(error)[0]
-                raise UserError(f"a step can't be captured ({why}): set CUDA_GRAPH=0") from error
+                raise UserError(f"a step can't be captured ({one_line(error)}): set CUDA_GRAPH=0") from error
         for own, part in zip(self.batch, batch):
             own.copy_(part)
         self.graph.replay()
@@ -470,7 +417,7 @@ def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | N
     if name == "digits":
         data = draw_digits(train)
     elif name in LABELLED:
-        data = load_idx(name, Path(data_dir), train)
+        data = load_mnist(name, Path(data_dir), train)
     else:
         folder = Path(data_dir, "anime") if name == "anime" else Path(name)
         data = Data(load_folder(folder, size, Path(data_dir)), None)
@@ -479,37 +426,22 @@ def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | N
     return data
 
 
-def load_idx(name: str, data_dir: Path, train: bool) -> Data:
-    """MNIST or Fashion-MNIST in torchvision's layout, <data_dir>/<MNIST or FashionMNIST>/raw."""
+def load_mnist(name: str, data_dir: Path, train: bool) -> Data:
+    """MNIST or Fashion-MNIST, downloaded if it is absent, in <data_dir>/<MNIST or FashionMNIST>/raw."""
     from torchvision import datasets
 
     kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
-    raw, parts = data_dir / kind.__name__ / "raw", ("images-idx3-ubyte", "labels-idx1-ubyte")
-    files = [raw / f"{'train' if train else 't10k'}-{part}" for part in parts]
-    nested = [file / file.name for file in files]  # as some programs unpack them
-    files = nested if all(file.is_file() for file in nested) else files
-    if not all(file.exists() for file in files):
+    raw = data_dir / kind.__name__ / "raw"
+    if not raw.is_dir():
         show_line(f"downloading {kind.__name__} to {raw}")
-        socket.setdefaulttimeout(60)  # for a server that says nothing
-        try:
-            kind(data_dir, download=True)
-        except Exception as error:  # whatever a server's answer leads to
-            cause = message_lines(error)[-1]
-            names = ", ".join(f"{split}-{part}" for split in ("train", "t10k") for part in parts)
-            way_out = f"put {names} into {raw}, or try --dataset digits, which needs none"
-            raise UserError(f"{kind.__name__} can't be downloaded ({cause}): {way_out}") from error
-        finally:
-            socket.setdefaulttimeout(None)
     try:
-        images = datasets.mnist.read_image_file(str(files[0]))
-        labels = datasets.mnist.read_label_file(str(files[1]))
-        if images.shape != (len(labels), 28, 28) or labels.max() > 9:  # of no labels an error
-            raise ValueError
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # damaged files raise whatever their bytes lead to
-        raise UserError(f"{files[0]} or its labels are damaged: delete both to fetch them again") from error
-    return Data(images[:, None], labels.long())
+        found = kind(data_dir, train, download=True)
+        if found.data.shape != (len(found.targets), 28, 28) or found.targets.max() > 9:
+            raise ValueError("no 28x28 images of ten classes")
+    except Exception as error:  # whatever a server's answer or a file's bytes lead to
+        way_out = f"put {MNIST_FILES} into {raw}, or take --dataset digits, which needs none"
+        raise UserError(f"{kind.__name__} can't be read ({one_line(error)}): {way_out}") from error
+    return Data(found.data[:, None], found.targets)
 
 
 def draw_digits(train: bool = True) -> Data:
@@ -538,246 +470,114 @@ def draw_digits(train: bool = True) -> Data:
 
 
 def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
-    """The images under `folder` as uint8 (N, 3, size, size), mapped from a file made once in `data_dir`."""
+    """The pictures under `folder` as uint8 (N, 3, size, size), mapped from a file made once in `data_dir`."""
     if not folder.is_dir():
         hint = "--dataset takes a name or a folder; python crawl_anime.py fills data/anime"
         raise UserError(f"there is no folder {folder} ({hint})")
-    names, digest = list_files(folder)
-    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
-    name = folder.name.encode(errors="replace")[:150].decode(errors="ignore")  # 255 is a limit
-    cache = data_dir / f"{name}-{place}-{digest}-{size}.images"
-    found = next(data_dir.glob(f"*-{digest}-{size}.images"), None)  # made here, or before a move
-    if found:
-        cache, count, told = found, found.stat().st_size // (3 * size * size), " (cached)"
-        if (broken := sum(map(claims_a_picture, names)) - count) > 0:
-            told += f"; skipped {broken:,} files"
-    else:
-        count, told = build_cache(cache, folder, names, size)
-        for earlier in {*data_dir.glob(f"*-{place}-{'?' * len(digest)}-{size}.images")} - {cache}:
+    names = list_pictures(folder)
+    stats = [(folder / name).stat() for name in names]
+    state = "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in zip(names, stats))
+    place, state = (hashlib.sha256(os.fsencode(text)).hexdigest()[:12] for text in (folder.resolve(), state))
+    cache = data_dir / f"{folder.name[:40]}-{place}-{state}-{size}.images"  # a name has 255 bytes at most
+    told = ""
+    if not cache.exists():
+        for earlier in data_dir.glob(f"*-{place}-*-{size}.images"):  # of this folder's former files
             with contextlib.suppress(OSError):
                 earlier.unlink()
-    show_line(f"{count:,} images in {folder}{told}")
-    return map_file(cache, count * 3 * size * size).view(count, 3, size, size)
+        told = build_cache(cache, folder, names, size)
+    count = cache.stat().st_size // (3 * size * size)
+    skipped = f"; skipped {len(names) - count:,} files{told}" if len(names) > count else ""
+    show_line(f"{count:,} images in {folder}{skipped}")
+    return torch.from_file(str(cache), size=count * 3 * size * size, dtype=torch.uint8).view(count, 3, size, size)
 
 
-def map_file(path: Path, size: int, shared: bool = False) -> Tensor:
-    """A file's first bytes, mapped: uint8 (size,). If `shared`, the file gets what is written."""
+def list_pictures(folder: Path) -> list[str]:
+    """Relative paths of the files that are pictures by their names, at any depth, without hidden ones; sorted.
+
+    Pictures of formats that we do not read are among them: they are told as skipped.
+    """
+    known = {*PICTURES, *Image.registered_extensions(), ".heic", ".heif", ".jxl"}
+    names = sorted(glob.glob("**/*", root_dir=folder, recursive=True))
+    return [name for name in names if Path(name).suffix.lower() in known and (folder / name).is_file()]
+
+
+def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> str:
+    """Decode pictures into a file, which may exceed memory. Returns which were skipped and why, to be told."""
+    skipped, progress = [], Progress(len(names), "files")
+    with replacing(cache) as temporary, open(temporary, "wb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about odd files
+        with contextlib.closing(in_threads(lambda name: decode_file(folder / name, size), names)) as decoded:
+            for i, (name, pixels) in enumerate(zip(names, decoded), start=1):
+                if isinstance(pixels, str):
+                    skipped.append(f"{name} ({pixels})")
+                else:
+                    file.write(pixels)
+                progress.update(i)
+        told = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+        if len(skipped) == len(names):
+            found = f"{len(names):,} pictures, none of which can be used: {told}" if names else "no picture"
+            raise UserError(f"{folder} holds {found}; files that end in {' '.join(PICTURES)} are read")
+    return f": {told}"
+
+
+def in_threads(function: Callable, items: list) -> Iterator:
+    """function(item) of every item, in order, by four threads: Pillow and torch work beside each other."""
+    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
     try:
-        return torch.from_file(str(path), shared=shared, size=size, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise UserError(f"{path} can't be mapped: {message_lines(error)[0]}") from error
-
-
-def list_files(folder: Path) -> tuple[list[str], str]:
-    """Relative paths of all files but hidden ones, sorted, and a digest that changes with them."""
-
-    def fail(error: OSError):
-        raise UserError(f"can't read {error.filename}: {error.strerror}") from error
-
-    files, seen = [], set()
-    for directory, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        if (place := os.path.realpath(directory)) in seen or (seen and ".made" in names):
-            folders.clear()  # reached by a link, perhaps to where we are, or a run's own pictures
-            continue
-        seen.add(place)
-        folders[:] = sorted(name for name in folders if name[0] != ".")  # those that are walked
-        for path in (os.path.join(directory, name) for name in names if name[0] != "."):
-            with contextlib.suppress(OSError):  # removed by now
-                if os.path.isfile(path) and not path.endswith(".images"):
-                    name, status = os.path.relpath(path, folder), os.stat(path)
-                    files.append((name, status.st_size, status.st_mtime_ns))
-    files.sort()
-    text = "".join(f"{name}\0{size}\0{modified}\0" for name, size, modified in files)
-    return [name for name, _, _ in files], hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
-
-
-def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> tuple[int, str]:
-    """Decode files into a mapped file, which may exceed memory: how many, and what was skipped."""
-    for leftover in cache.parent.glob(".*.images.*.tmp"):  # of builders that were killed
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > 3600:
-                leftover.unlink()
-    count, skipped, length, progress = 0, [], 3 * size * size, Progress(len(names), "files")
-    with replacing(cache) as temporary:
-        with open(temporary, "wb") as file:
-            if hasattr(os, "posix_fallocate"):  # on a mapped page a full disk is a signal
-                os.posix_fallocate(file.fileno(), 0, max(1, len(names)) * length)
-        pixels = map_file(temporary, len(names) * length, shared=True)
-        decode = functools.partial(decode_files, folder=folder, size=size)
-        decoded = map_in_workers(decode, names, workers=len(names) // 256)
-        for i, (picture, name) in enumerate(zip(decoded, names), start=1):  # this order: to its end
-            if isinstance(picture, OSError):
-                raise UserError(f"can't read {folder / name}: {picture.strerror}")
-            if isinstance(picture, str):
-                skipped.append(f"{name} ({picture})")
-            elif picture is not None:
-                pixels[count * length :][:length] = torch.frombuffer(picture, dtype=torch.uint8)
-                count += 1
-            progress.update(i)
-        first = "".join(c if c.isprintable() else "?" for c in ", ".join(skipped[:3] or ["other kinds"]))
-        if not count:
-            what = f"{len(names):,} files, none a usable image: {first}" if names else "no file"
-            raise UserError(f"{folder} holds {what}; {', '.join(IMAGE_FORMATS)} are read")
-        del pixels
-        os.truncate(temporary, count * length)
-    more = ", ..." if len(skipped) > 3 else ""
-    return count, f"; skipped {len(skipped):,} files: {first}{more}" if skipped else ""
-
-
-def map_in_workers(function: Callable, items: list, workers: int) -> Iterator:
-    """All results, in order, of function(part) -> list for parts of items, in up to 8 processes."""
-    workers = min(workers, os.cpu_count() or 1, 8)  # each holds the libraries: about 0.2 GB
-    how = dict(num_workers=workers, multiprocessing_context="spawn", worker_init_fn=end_if_orphaned)
-    interrupted = False
-    try:
-        with interrupts_wait(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of fewer cores than processes
-            parts = iter(DataLoader(Itself(), 16, sampler=items, collate_fn=function, **how if workers else {}))
-        for results in parts:
-            yield from results
-    except RuntimeError as error:
-        why = 'out of memory, or a program without `if __name__ == "__main__":`'
-        raise UserError(f"lost a process that decodes, perhaps {why}: {message_lines(error)[0]}") from error
-    except KeyboardInterrupt:
-        interrupted = True  # and no traceback holds the processes
-    with interrupts_wait():
-        parts = None  # ends them now, and not as failures when this process exits
-    if interrupted:
-        raise KeyboardInterrupt
-
-
-class Itself:
-    """A data set whose items are their own indices: processes start without the list, which would fill
-    the pipe to one that fails to start, and Python would wait for it for ever."""
-
-    def __getitem__(self, item):
-        return item
-
-
-def end_if_orphaned(_) -> None:
-    """Torch's own watch misses a parent that was killed while this process started."""
-    if not multiprocessing.parent_process().is_alive():
-        os._exit(1)
-
-
-@contextlib.contextmanager
-def interrupts_wait() -> Iterator[None]:
-    """Ctrl-C takes effect at the end. Processes that are started within never get it."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    came = []
-    resource_tracker.ensure_running()  # its start would unblock signals
-    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))  # of threads that don't block it
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes inherit that
-    try:
-        yield
+        for start in range(0, len(items), 1000):  # results wait in memory for their turn
+            yield from pool.map(function, items[start : start + 1000])
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        signal.signal(signal.SIGINT, handler)
-    if came:
-        raise KeyboardInterrupt
+        pool.shutdown(cancel_futures=True)
 
 
-def decode_files(names: list[str], folder: Path, size: int) -> list:
-    return [decode_file(folder / name, size) for name in names]
-
-
-def decode_file(path: Path, size: int) -> bytearray | str | OSError | None:
-    """Pixels, 3 x size x size, or why there are none, now or ever; None for a file of another kind."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
+def decode_file(path: Path, size: int) -> bytes | str:
+    """The pixels of a file, 3 x size x size, or why it has none."""
+    if path.suffix.lower() not in PICTURES:
+        return f"{path.suffix[1:].upper()} is not read"
     try:
         image = ImageOps.fit(open_picture(path, size), (size, size), Image.Resampling.BICUBIC)
-        return bytearray().join(band.tobytes() for band in image.split())
-    except MemoryError:
-        return OSError(errno.ENOMEM, "out of memory")
-    except OSError as error:
-        return error
     except ValueError as error:
-        if str(error) != "no image":
-            return str(error)[:80]
-    if kind and kind not in IMAGE_FORMATS:
-        return f"{kind} is not read"
-    return "no image" if claims_a_picture(path.name) else None
-
-
-def claims_a_picture(name: str) -> bool:
-    suffix = Path(name).suffix.lower()
-    return not suffix or suffix in Image.registered_extensions()
+        return str(error)
+    return b"".join(band.tobytes() for band in image.split())
 
 
 def open_picture(source: Path | bytes, size: int = 0) -> Image.Image:
-    """A picture by its content as RGB; a large JPEG at about twice `size`. Raises ValueError that says
-    why there is none, OSError when the file can't be read now."""
-    opened = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-    with opened as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # before pixels are read
-        is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
-        try:
-            return decode_picture(file, size)
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise ValueError("too large") from None
-        except Image.UnidentifiedImageError:
-            reason = "no image" if file.seek(0, os.SEEK_END) else "empty"
-        except Exception as error:  # a damaged file raises whatever its bytes lead to
-            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
-                raise
-            reason = f"damaged: {error}"
-        if is_png:  # a text or profile of any size or damage does not condemn the pixels
-            with contextlib.suppress(Exception):
-                return decode_picture(without_metadata(file), size)
-        raise ValueError(reason)
+    """A picture by its content as RGB, upright, transparency over white; a large JPEG at about twice `size`.
 
-
-def decode_picture(file: io.IOBase, size: int) -> Image.Image:
-    file.seek(0)
-    Image.init()
-    image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
-    if size:
-        image.draft(None, (2 * size, 2 * size))
-    image.load()
-    return to_rgb(image)
-
-
-def without_metadata(png: io.IOBase) -> io.BytesIO:
-    """A PNG of nothing but its pixels."""
-    png.seek(8)
-    kept = bytearray(b"\x89PNG\r\n\x1a\n")
-    while head := png.read(8):
-        chunk = head + png.read(int.from_bytes(head[:4], "big") + 4)
-        if head[4:] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
-            kept += chunk
-    return io.BytesIO(kept)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB: upright, in sRGB, 16 bits as 8, transparency over white."""
-    with contextlib.suppress(Exception):  # damaged EXIF data do not damage the picture
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    profile = image.info.get("icc_profile")
-    if image.has_transparency_data or image.mode == "P":
-        image = image.convert("RGBA")
-    if profile and image.mode in ("RGB", "RGBA", "CMYK"):
-        with contextlib.suppress(Exception):  # nor do damaged profiles, or a Pillow that reads none
-            own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-            if "srgb" not in ImageCms.getProfileDescription(own).lower():
-                mode = image.mode.replace("CMYK", "RGB")
-                image = ImageCms.profileToProfile(image, own, srgb, outputMode=mode)
-    if image.mode == "RGBA":
-        if image.getextrema()[3] != (0, 0):  # where nothing would be seen, alpha is not used
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    Raises ValueError that says why there is none, OSError when the file can't be read now.
+    """
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # some pictures carry long texts
+    known = Image.registered_extensions()
+    formats = [known[suffix] for suffix in PICTURES if suffix in known]  # never others: they may start programs
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError("too large")
+            if size:
+                image.draft(None, (2 * size, 2 * size))
+            image.load()
+            with contextlib.suppress(Exception):  # damaged EXIF data do not damage the picture
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits
+                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+            if image.mode == "P" or image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise
+        raise ValueError(one_line(error)) from error
 
 
 def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Data]:
     """An epoch's whole batches in random order, this process's share of each, on the device."""
-    device, share = torch.device(device), batch_size // processes()
+    device = torch.device(device)
     order = torch.randperm(len(data.images)).to(data.images.device)  # once: each copy is waited for
-    for start in range(0, len(order) - batch_size + 1, batch_size):
-        picked = order[start + rank() * share : start + (rank() + 1) * share]
+    if rank() > 0:  # all processes have drawn the same order; their noise must differ
+        torch.manual_seed(torch.initial_seed() + rank())
+    for batch in order.split(batch_size)[: len(order) // batch_size]:
+        picked = batch.chunk(processes())[rank()]
         images = data.images.index_select(0, picked)
         if device.type == "cuda" and not images.is_cuda:
             images = images.pin_memory()  # which alone may be copied without waiting
@@ -847,8 +647,8 @@ def write_gif(path: str | Path, frames: list[Image.Image]) -> None:
 
 def write_log(path: str | Path, history: list[dict]) -> None:
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, history[-1], extrasaction="ignore")  # a resumed run's first
-        writer.writeheader()  # epochs may have other losses
+        writer = csv.DictWriter(file, history[0])
+        writer.writeheader()
         writer.writerows(history)
 
 
@@ -866,73 +666,47 @@ def label_panels(panels: list[tuple[str, Image.Image]], columns: int = 2) -> Ima
     return figure
 
 
-def ticks(low: float, high: float, least: float = 0.0) -> list[float]:
-    """Up to seven round numbers (1, 2, 5 times a power of ten) within, at least `least` apart."""
+def ticks(low: float, high: float) -> list[float]:
+    """Up to seven round numbers (1, 2, 5 times a power of ten) from low to high."""
     step = 10 ** math.floor(math.log10((high - low) / 6))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
-    step = max(step, least)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [step * i for i in range(first, last + 1)]
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-class Plot:
-    """A figure of 800x500 with axes and legend; draw on `draw` at `point(x, y)`, twice as large."""
+def plot_losses(curves: dict[str, list[float]]) -> Image.Image:
+    """Curves over the epochs, their names beside them; logarithmic if they span more than two decades."""
+    image = Image.new("RGB", (1600, 900), "white")
+    pen = ImageDraw.Draw(image)
+    pen.font = ImageFont.load_default(size=28)
+    left, top, right, bottom = 130, 50, 1490 - max(map(pen.textlength, curves)), 830
+    least, most = min(map(min, curves.values())), max(map(max, curves.values()))
+    is_log = least > 0 and most / least > 100
+    scale = math.log10 if is_log else float
+    margin = 0.05 * (scale(most) - scale(least)) or abs(least) or 1
+    low, high, last = scale(least) - margin, scale(most) + margin, max(2, *map(len, curves.values()))
 
-    left, top, right, bottom = 150, 40, 1560, 890  # of the axes
+    def point(epoch: float, height: float) -> tuple[float, float]:
+        across, up = (epoch - 1) / (last - 1), (height - low) / (high - low)
+        return left + across * (right - left), bottom - up * (bottom - top)
 
-    def __init__(self, x_range, y_range, x_label: str, y_label: str, legend: dict, log_y=False):
-        self.image, self.legend = Image.new("RGB", (1600, 1000), "white"), legend
-        self.draw = ImageDraw.Draw(self.image)
-        self.draw.font = ImageFont.load_default(size=28)
-        self.scale = math.log10 if log_y else float
-        (self.x0, self.x1), (self.y0, self.y1) = x_range, map(self.scale, y_range)
-        for x in ticks(self.x0, self.x1, least=1 if x_label == "epoch" else 0):
-            column, _ = self.point(x, y_range[0])
-            self.draw.line((column, self.top, column, self.bottom), "#e6e6e6", 2)
-            self.draw.text((column, self.bottom + 12), f"{x:g}", "black", anchor="ma")
-        for tick in ticks(self.y0, self.y1, least=1 if log_y else 0):
-            y = 10.0**tick if log_y else tick
-            _, row = self.point(self.x0, y)
-            self.draw.line((self.left, row, self.right, row), "#e6e6e6", 2)
-            self.draw.text((self.left - 12, row), f"{y:g}", "black", anchor="rm")
-        self.draw.rectangle((self.left, self.top, self.right, self.bottom), None, "black", 2)
-        self.draw.text(((self.left + self.right) / 2, 984), x_label, "black", anchor="md")
-        side = Image.new("L", (self.bottom - self.top, 40))
-        ImageDraw.Draw(side).text((side.width / 2, 20), y_label, 255, self.draw.font, anchor="mm")
-        self.image.paste("black", (8, self.top), side.rotate(90, expand=True))
-
-    def point(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x0) / (self.x1 - self.x0) * (self.right - self.left)
-        up = (self.scale(y) - self.y0) / (self.y1 - self.y0) * (self.bottom - self.top)
-        return self.left + across, self.bottom - up
-
-    def finish(self) -> Image.Image:
-        """The figure with its legend on top."""
-        left, top = self.right - 90 - max(map(self.draw.textlength, self.legend)), self.top + 10
-        bottom = top + 10 + 38 * len(self.legend)
-        self.draw.rectangle((left, top, self.right - 10, bottom), "white", "#bbbbbb", 2)
-        for i, (name, colour) in enumerate(self.legend.items()):
-            y = top + 24 + 38 * i
-            self.draw.rectangle((left + 12, y - 5, left + 52, y + 5), colour)
-            self.draw.text((left + 64, y), name, "black", anchor="lm")
-        return self.image.reduce(2)
-
-
-def plot_lines(curves: dict[str, list[float]], x_label: str, y_label: str) -> Image.Image:
-    """Curves over 1, 2, 3... as a figure, with a logarithmic y axis if they span two decades."""
-    low, high = min(map(min, curves.values())), max(map(max, curves.values()))
-    log_y = low > 0 and high / low > 100
-    margin = 0.05 * (high - low) or max(0.5, abs(high) / 2)
-    y_range = (low / 1.3, high * 1.3) if log_y else (low - margin, high + margin)
-    colours = dict(zip(curves, COLOURS))
-    plot = Plot((1, max(2, *map(len, curves.values()))), y_range, x_label, y_label, colours, log_y)
-    for name, curve in curves.items():
-        points = [plot.point(x, y) for x, y in enumerate(curve, start=1)]
-        plot.draw.line(points, colours[name], 4)
-        if len(points) == 1:
-            x, y = points[0]
-            plot.draw.ellipse((x - 6, y - 6, x + 6, y + 6), colours[name])
-    return plot.finish()
+    for epoch in ticks(1, last):
+        x, _ = point(epoch, low)
+        pen.line((x, top, x, bottom), "#e6e6e6", 2)
+        pen.text((x, bottom + 12), f"{epoch:g}", "black", anchor="ma")
+    for height in ticks(low, high):
+        _, y = point(1, height)
+        pen.line((left, y, right, y), "#e6e6e6", 2)
+        pen.text((left - 12, y), f"{10**height if is_log else height:.3g}", "black", anchor="rm")
+    pen.rectangle((left, top, right, bottom), None, "black", 2)
+    pen.text((left, 8), "logarithmic scale" if is_log else "linear scale", "black")
+    pen.text((right, bottom + 48), "epoch", "black", anchor="ra")
+    for i, (name, curve) in enumerate(curves.items()):
+        points = [point(epoch, scale(value)) for epoch, value in enumerate(curve, start=1)]
+        pen.line(points, COLOURS[i], 4)
+        pen.circle(points[-1], 6, COLOURS[i])
+        pen.rectangle((right + 30, top + 38 * i + 10, right + 70, top + 38 * i + 20), COLOURS[i])
+        pen.text((right + 84, top + 38 * i), name, "black")
+    return image.reduce(2)
 
 
 # ----------------------------------------------------------------------------------- a run's folder
@@ -942,16 +716,10 @@ def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: there is no checkpoint: train first, or name the run's --out-dir")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign file's bytes
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes lead to
-        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
-    parts = dict(format=int, script=str, options=dict, epoch=int, history=list, networks=dict, optimizers=dict)
-    types = {k: type(v) for k, v in checkpoint.items()} if isinstance(checkpoint, dict) else {}
-    if dict(types, data=str) != dict(parts, data=str) or checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} can't be read ({type(error).__name__}): it is damaged or no checkpoint") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is no checkpoint of this version: train anew")
     if script not in (None, checkpoint["script"]):
         raise UserError(f"{path} was written by {checkpoint['script']}.py: use it with that script")
@@ -968,132 +736,115 @@ def restore(parts: dict, states: dict) -> None:
                 state = state | dict(param_groups=[group | own for group in state["param_groups"]])
             part.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        why = message_lines(error)[0]
+        why = one_line(error)
         raise UserError(f"the checkpoint does not fit this version's networks ({why}): train anew") from error
 
 
-class Run(contextlib.ExitStack):
-    """The record of a training in its folder, locked: log, pictures, checkpoint, animation."""
+@contextlib.contextmanager
+def record(args: argparse.Namespace, data: Data) -> Iterator["Run"]:
+    """The record of a training, in its folder: locked, an earlier run moved aside, ready to be written."""
+    run = Run(args, data)
+    if rank() > 0:
+        yield run
+        return
+    if args.checkpoint is None and (run.folder / "checkpoint.pt").exists():
+        aside = move_aside(run.folder)
+        show_line(f"{args.script}: the run that was in {run.folder} is now {aside}; --resume would have continued it")
+    with locked(run.folder):
+        for leftover in (*run.folder.glob(TEMPORARY), *run.folder.glob(f"samples/{TEMPORARY}")):  # of a kill
+            leftover.unlink(missing_ok=True)
+        told = f"{args.preset} on {args.dataset}, {len(data.images):,} images, {run.steps} steps an epoch"
+        show_line(f"{args.script}: {told}")
+        run.save_picture("real.png", grid(to_unit(data.images[:64].cpu())))
+        yield run
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename a run's folder to the first free name. UserError if it holds other files, too."""
+    folder = folder.resolve()  # a link is used where it leads
+    with locked(folder):
+        for path in folder.iterdir():
+            of_runs = path.name in ("checkpoint.pt", "log.csv", "samples") or path.suffix in (".png", ".gif")
+            if not of_runs and path.name[0] != ".":
+                raise UserError(f"{folder} holds a run and other files ({path.name}): --resume it or name another")
+    places = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(1))
+    aside = next(place for place in places if not place.exists())
+    folder.rename(aside)
+    return aside
+
+
+class Run:
+    """What a training leaves: log, pictures, checkpoint, animation. Process 0 alone writes."""
 
     def __init__(self, args: argparse.Namespace, data: Data):
-        super().__init__()
         self.args, self.folder, count = args, Path(args.out_dir), len(data.images)
         self.history = list(args.checkpoint["history"]) if args.checkpoint else []
-        self.steps, self.data, self.losses, self.warned = count // args.batch_size, data.digest(), [], set()
-        self.saved, self.saved_at = len(self.history), -math.inf  # the last saved epoch, and when
+        self.steps, self.data, self.losses = count // args.batch_size, data.digest(), []
+        self.first = self.saved = len(self.history)  # epochs of before; those of the last checkpoint
+        self.saved_at = -math.inf
         if self.saved > args.epochs:
             raise UserError(f"the run has {self.saved} epochs already, --epochs asks for {args.epochs}")
-        batch = f"--batch-size {args.batch_size}"
         if count < args.batch_size:
-            most = f"{count:,} images: give --batch-size {count // processes() * processes()} or less"
-            raise UserError(f"{batch} is larger than the data: {most}")
+            raise UserError(f"--batch-size {args.batch_size} is larger than the data: {count:,} images")
         if args.batch_size % processes():
-            raise UserError(f"{batch} can't be shared evenly by {processes()} processes")
+            raise UserError(f"--batch-size {args.batch_size} can't be shared evenly by {processes()} processes")
         if args.checkpoint and args.checkpoint.get("data", self.data) != self.data:
             if args.dataset != args.checkpoint["options"]["dataset"]:
                 raise UserError(f"--dataset {args.dataset} holds other images than the run's")
             show_line(f"{args.script}: {args.dataset} has changed since the checkpoint: {count:,} images now")
-        if rank() == 0:
-            try:
-                self.open_folder(data.images)
-            except BaseException:  # a notebook lives on: let go of the folder
-                self.close()
-                raise
-        self.started = self.shown = time.perf_counter()
-
-    def open_folder(self, images: Tensor) -> None:
-        """Lock it, move a run in the way aside, clear what a kill left, draw real images."""
-        args, folder = self.args, self.folder
-        ours = (folder / ".made").exists() or not (folder / ".lock").exists()  # not the user's own
-        self.enter_context(locked(folder))
-        if args.checkpoint is None and (folder / "checkpoint.pt").exists():
-            load_checkpoint(folder)  # UserError if it is another program's
-            inner = next(folder.glob("*/**/.lock"), None)  # of another run, which would move along
-            if inner or not ours or Path.cwd().is_relative_to(folder.resolve()):
-                raise UserError(f"{folder} holds a run, and is not moved aside: --resume it or name another")
-            if os.name == "nt":  # which renames no folder of an open file
-                self.close()
-            places = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(1))
-            aside = next(place for place in places if not place.exists())
-            folder.rename(aside)
-            self.close()
-            self.enter_context(locked(folder))
-            show_line(f"{args.script}: the run that was in {folder} is now {aside}; --resume would have continued it")
-        if all(path.name == ".lock" for path in folder.iterdir()):  # new, so ours to move aside later
-            (folder / ".made").touch()
-        for leftover in (*folder.glob(TEMPORARY), *folder.glob(f"samples/{TEMPORARY}")):
-            leftover.unlink(missing_ok=True)
-        told = f"{args.preset} on {args.dataset}, {len(images):,} images, {self.steps} steps an epoch"
-        show_line(f"{args.script}: {told}")
-        self.save_picture("real.png", grid(to_unit(images[:64].cpu())))
+        self.progress = Progress((args.epochs - self.saved) * self.steps, "steps")
+        self.started = time.perf_counter()
 
     def log(self, losses: dict[str, Tensor]) -> None:
         """Keep a step's losses without waiting for the device. Names carry units: "loss [nats]"."""
         self.names = list(losses)
         self.losses.append(torch.stack([loss.detach() for loss in losses.values()]))
-        now = time.perf_counter()
-        if now - self.shown > 0.5 and on_terminal() and rank() == 0:
-            self.shown = now
-            self.show(dict(zip(self.names, self.losses[-1].tolist())), end="")
+        if rank() == 0 and self.progress.is_due():
+            self.show(dict(zip(self.names, self.losses[-1].tolist())), "" if on_terminal() else "\n")
 
     def show(self, figures: dict[str, float], end: str = "\n") -> None:
-        """The progress line, within an epoch or at its end."""
-        epoch, total, done = len(self.history) + 1, self.args.epochs, len(self.losses)
-        seconds = time.perf_counter() - self.started
-        whole = seconds * self.steps / done  # of this epoch
-        each = self.history[-1]["seconds"] if self.history else whole
-        left = clock(each * (total - epoch) + whole - seconds)
-        shown = "  ".join(f"{k.partition(' [')[0]} {v:.4g}" for k, v in figures.items())
-        rate = f"{done * self.args.batch_size / seconds:,.0f} images/s"
+        """The line of an epoch, at its end or before."""
+        epoch, total = len(self.history) + 1, self.args.epochs
+        left = self.progress.time_left((epoch - 1 - self.first) * self.steps + len(self.losses))
+        rate = len(self.losses) * self.args.batch_size / (time.perf_counter() - self.started)
+        shown = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in figures.items())
         # The losses last: on a narrow terminal the line's end is cut off.
-        show_line(f"epoch {epoch:>{len(str(total))}}/{total}  {left} left  {rate}  {shown}", end)
+        show_line(f"epoch {epoch:>{len(str(total))}}/{total}  {left} left  {rate:,.0f} images/s  {shown}", end)
 
     def end_epoch(self, figures: dict[str, float] | None = None) -> None:
         """Keep the epoch's mean losses and more `figures`. UserError if a loss is not finite."""
-        figures, epoch = figures or {}, len(self.history) + 1
-        losses = torch.stack(self.losses).float()
+        epoch, losses = len(self.history) + 1, torch.stack(self.losses).float()
         if dist.is_initialized():  # so that all processes find a loss that is not finite in one
             dist.all_reduce(losses)
             losses /= processes()
-        losses = losses.cpu().double()
-        for step, column in (~losses.isfinite()).nonzero().tolist():
-            self.fail(f"{self.names[column]} is {losses[step, column]:g} in epoch {epoch}, step {step + 1}")
-        for name, value in figures.items():
-            if not math.isfinite(value):
-                self.fail(f"{name} is {value:g} after epoch {epoch}")
-        means = dict(zip(self.names, losses.mean(0).tolist()))
+        means = dict(zip(self.names, losses.cpu().double().mean(0).tolist())) | (figures or {})
         seconds = time.perf_counter() - self.started
-        self.show(means | {k: v for k, v in figures.items() if k.startswith("test loss")})
-        if self.history and seconds > 2.5 * min(row["seconds"] for row in self.history) + 1:
-            self.warn("slow", "this epoch took 2.5 times the fastest: other work wants the cores or threads")
-        images = len(losses) * self.args.batch_size
-        times = {"seconds": round(seconds, 3), "images per second": round(images / seconds, 1)}
-        self.history.append({"epoch": epoch, **means, **figures, **times})
+        for name, value in means.items():
+            if not math.isfinite(value):
+                self.fail(f"{name} is {value:g} in epoch {epoch}")
+        self.show({name: means[name] for name in means if name in self.names or name.startswith("test loss")})
+        rate = len(losses) * self.args.batch_size / seconds
+        times = {"seconds": round(seconds, 3), "images per second": round(rate, 1)}
+        self.history.append({"epoch": epoch, **means, **times})
         self.losses = []
 
     def fail(self, fault: str) -> NoReturn:
         kept = f"the checkpoint of epoch {self.saved} is kept" if self.saved else "no checkpoint was written"
         raise UserError(f"{fault}: {kept}; a lower --lr may help")
 
-    def warn(self, about: str, message: str | Exception) -> None:
-        if about not in self.warned:
-            show_line(f"{self.args.script}: warning: {message}")
-        self.warned.add(about)
-
     def save_samples(self, images: Tensor) -> None:
-        """The epoch's picture of the fixed latents, (N, C, H, W) in [0, 1]; a notebook shows it."""
-        picture, name = to_picture(grid(images)), f"samples {id(self)}"
-        self.save_picture(f"samples/epoch-{len(self.history):04}.png", picture)
-        show_in_notebook(picture, display_id=name, update=name in self.warned)
-        self.warned.add(name)
+        """The epoch's picture of the fixed latents, (N, C, H, W) in [0, 1]; a notebook shows the latest."""
+        picture, epoch = to_picture(grid(images)), len(self.history)
+        self.save_picture(f"samples/epoch-{epoch:04}.png", picture)
+        show_in_notebook(picture, display_id=f"samples {id(self)}", update=epoch > self.first + 1)
 
     def save_picture(self, name: str, image, write: Callable = write_picture) -> None:
-        """A by-product: float (C, H, W) in [0, 1], a Pillow image, or what `write` takes."""
+        """A by-product, a failure of which is one line: float (C, H, W) in [0, 1], or what `write` takes."""
         if rank() == 0:
             try:
                 write(self.folder / name, image)
             except UserError as error:
-                self.warn(Path(name).parts[0], error)
+                show_line(f"{self.args.script}: warning: {error}")
 
     def save(self, networks: dict[str, nn.Module], optimizers: dict) -> None:
         """Write checkpoint, log and curves: at the end, before it at most every ten seconds."""
@@ -1118,10 +869,7 @@ class Run(contextlib.ExitStack):
     def save_log(self) -> None:
         self.save_picture("log.csv", self.history, write_log)
         _, *names, _, _ = self.history[-1]  # without the epoch and the times
-        known = [name for name in names if name in self.history[0]]
-        curves = {name: [row[name] for row in self.history] for name in known}
-        kinds = "loss" if all(" [" in name for name in known) else "loss or probability"
-        self.save_picture("losses.png", plot_lines(curves, "epoch", kinds))
+        self.save_picture("losses.png", plot_losses({name: [row[name] for row in self.history] for name in names}))
 
     def finish(self) -> None:
         """The four-panel figure, the animation, and the last line. The log too: a kill may have left it behind."""
@@ -1130,14 +878,11 @@ class Run(contextlib.ExitStack):
         quarters = {max(1, round(total * part / 4)) for part in (1, 2, 3, 4)}
         moments = {1 + round(i * (total - 1) / 39) for i in range(40)}
         for epoch in sorted(quarters | moments):
-            path = self.folder / f"samples/epoch-{epoch:04}.png"
-            try:
-                with Image.open(path) as picture:
+            with contextlib.suppress(Exception):  # deleted, or damaged in a power cut
+                with Image.open(self.folder / f"samples/epoch-{epoch:04}.png") as picture:
                     pictures[epoch] = picture.copy()
-            except Exception as error:  # a damaged file raises whatever its bytes lead to
-                self.warn("samples", f"{path} can't be read: {error}")
-        panels = [(f"Epoch {epoch}", pictures[epoch]) for epoch in pictures if epoch in quarters]
-        frames = [pictures[epoch] for epoch in pictures if epoch in moments]
+        panels = [(f"Epoch {epoch}", picture) for epoch, picture in pictures.items() if epoch in quarters]
+        frames = [picture for epoch, picture in pictures.items() if epoch in moments]
         if panels and frames:
             self.save_picture("progress.png", label_panels(panels))
             self.save_picture("progress.gif", frames, write_gif)
@@ -1172,43 +917,24 @@ def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = No
 
 def sample(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> None:
     """--sample N --to PATH: a grid if its name ends in .png, else a folder with a PNG an image."""
-    target, count = Path(args.to or Path(args.out_dir, "sample.png")), args.sample
+    target, count, label = Path(args.to or Path(args.out_dir, "sample.png")), args.sample, getattr(args, "label", None)
     as_grid = target.suffix.lower() == ".png"
-    if not as_grid and not target.is_dir() and target.suffix.lower() in Image.registered_extensions():
+    if not as_grid and target.suffix.lower() in Image.registered_extensions():
         raise UserError(f"--to {target}: a grid is a PNG: give a name that ends in .png, or a folder")
-    images = None if args.dataset in LABELLED else Path(args.data_dir, args.dataset).resolve()
-    if images and target.resolve().is_relative_to(images):
-        raise UserError(f"--to {target}: a run learns from what is in {images}: name another place")
-    if target.exists() and target.is_dir() == as_grid:
-        raise UserError(f"--to {target}: there is a {'folder' if as_grid else 'file'} of that name")
-    if as_grid and count > 10_000:
-        raise UserError("a grid shows at most 10,000 images: --to FOLDER writes any number")
-    label, digits = getattr(args, "label", None), max(5, len(str(count - 1)))
-
-    def place(i: int) -> Path:
-        """00000.png and on; labelled images in a sub-folder a class."""
-        kind = i % sampler.classes if sampler.classes and label is None else label
-        return target / ("" if kind is None else str(kind)) / f"{i:0{digits}}.png"
-
-    for path in target.rglob("*"):
-        known = path.stem.isdecimal() and int(path.stem) < count and place(int(path.stem)) == path
-        if path.match(TEMPORARY):  # of a kill
-            path.unlink(missing_ok=True)
-        elif not known and not path.is_dir():
-            raise UserError(f"--to {target} holds other files, such as {path.name}: name an empty folder")
-    progress, columns, written, picture = Progress(count, "images"), math.ceil(count**0.5), 0, None
-    for images, _ in draw(sampler, count, args.seed, device, label):
-        for image in map(to_picture, images):
-            if as_grid:
-                width, height = image.width + 2, image.height + 2
-                size = (columns * width + 2, math.ceil(count / columns) * height + 2)
-                picture = picture or Image.new(image.mode, size)
-                picture.paste(image, (written % columns * width + 2, written // columns * height + 2))
-            else:
-                write_picture(place(written), image)
-            written += 1
+    if not as_grid and target.is_dir() and any(target.iterdir()):
+        raise UserError(f"--to {target}: there are files in it: name a new folder")
+    progress, written, tiles = Progress(count, "images"), 0, []
+    for images, labels in draw(sampler, count, args.seed, device, label):
+        if as_grid:
+            tiles.append(images)
+        else:  # 00000.png and on; labelled images in a sub-folder a class
+            for i, image in enumerate(images):
+                place = target if labels is None else target / str(int(labels[i]))
+                write_picture(place / f"{written + i:05}.png", image)
+        written += len(images)
         progress.update(written)
     if as_grid:
+        picture = to_picture(grid(torch.cat(tiles), math.ceil(count**0.5)))
         write_picture(target, picture)
         show_in_notebook(picture)
     show_line(f"{args.script}: {count:,} images in {target}; another --seed draws others")

@@ -62,16 +62,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
-try:
-    import torch
-    import torch.nn.functional as F
-    from PIL import Image
-    from torch import Tensor, nn
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
 
-    import common
-except ImportError as error:
-    print(f"compare.py: error: {error}: it needs common.py beside it, and requirements.txt", file=sys.stderr)
-    raise SystemExit(2) from error
+import common  # common.py, which lies beside this file
 
 SAMPLES = 10_000
 NEIGHBOURHOODS = 5_000  # images of each side for precision and recall

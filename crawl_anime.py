@@ -36,7 +36,6 @@ import re
 import shlex
 import socket
 import ssl
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from email.utils import parsedate_to_datetime
@@ -45,15 +44,11 @@ from typing import BinaryIO, NamedTuple
 from urllib.parse import SplitResult, quote, quote_plus, unquote, urljoin, urlsplit
 from xml.etree import ElementTree
 
-try:
-    import torch
-    from PIL import Image
-    from torch import Tensor
+import torch
+from PIL import Image
+from torch import Tensor
 
-    import common
-except ImportError as error:
-    print(f"crawl_anime.py: error: {error}: it needs common.py beside it, and requirements.txt", file=sys.stderr)
-    raise SystemExit(2) from error
+import common  # common.py, which lies beside this file
 
 AGENT = "crawl_anime"  # the name that a robots.txt can address
 TRIES, REDIRECTS = 5, 5
@@ -779,7 +774,8 @@ def crawl(args: argparse.Namespace) -> None:
             results = (crop_post(post, fetcher, args) for post in folder.choose(posts, args))
         else:
             posts = list(folder.choose(posts, args))
-            results = common.map_in_workers(functools.partial(crop_files, args=args), posts, len(posts) // 32)
+            torch.set_num_threads(1)  # each: several pictures are searched beside each other
+            results = common.in_threads(lambda post: crop_post(post, None, args), posts)
         end = collect(results, folder, args.limit, 0 if args.limit else len(posts))
         common.show_line(f"{AGENT}: reached {end}: {folder.faces:,} faces in {args.to}, credits in {folder.table}")
         why = "that table says why" if folder.rows else "there is no post of that search"
@@ -791,7 +787,7 @@ def find_posts(args: argparse.Namespace) -> tuple[Fetcher | None, Iterable[dict]
     """Who fetches the pictures, unless they are on this disk, and all posts that the options ask for."""
     if args.from_dir:
         folder, crops = Path(args.from_dir).resolve(), Path(args.to).resolve()
-        paths = [folder / name for name in common.list_files(folder)[0]]
+        paths = [folder / name for name in common.list_pictures(folder)]
         posts = [name_post("file", str(path), path.as_uri()) for path in paths if not path.is_relative_to(crops)]
         return None, posts
     if args.urls:
@@ -822,17 +818,6 @@ def name_post(site: str, address: str, page: str) -> dict:
     digest = hashlib.sha256(os.fsencode(address)).hexdigest()
     id = next(part for part in (digest[i : i + 16] for i in range(48)) if re.search("[abcdf]", part))
     return dict(site=site, id=id, page=page, reason="", files={address: ""})
-
-
-def crop_files(posts: list[dict], args: argparse.Namespace) -> list[tuple[dict, list[tuple]]]:
-    """The rows and crops of files on this disk; nothing of a file that is no picture by content nor by name."""
-    results = []
-    for post in posts:
-        row, crops = crop_post(post, None, args)
-        is_named = Path(row["page"]).suffix.lower() in Image.registered_extensions()
-        if is_named or row["reason"] not in ("no image", "empty"):
-            results.append((row, crops))
-    return results
 
 
 def crop_post(post: dict, fetcher: Fetcher | None, args: argparse.Namespace) -> tuple[dict, list[tuple]]:

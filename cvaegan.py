@@ -47,20 +47,17 @@ Frechet distance of 1.07. An epoch takes 54 seconds on one core of that machine 
 # ///
 
 import os
-import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
-try:
-    import torch
-    import torch.nn.functional as F
-    from PIL import Image
-    from torch import Tensor, nn
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
 
-    import common
-except ImportError as error:
-    print(f"cvaegan.py: error: {error}: it needs common.py beside it, and requirements.txt", file=sys.stderr)
-    raise SystemExit(2) from error
+import common  # common.py, which lies beside this file
 
 CLASSES = 10
 FEATURES = 128  # inputs of the last layer of the discriminator and of the classifier
@@ -158,12 +155,21 @@ class ClassMeans(nn.Module):
 
     def forward(self, name: str, features: Tensor, classes: Tensor) -> Tensor:
         """Update with a batch, features (N, 128) and classes (N, 10). Gradients flow through the batch alone."""
-        counts = common.sum_over_processes(classes.sum(0)[:, None])  # (10, 1)
-        batch_means = common.sum_over_processes(classes.T @ features) / counts.clamp(min=1)
+        counts = sum_over_processes(classes.sum(0)[:, None])  # (10, 1)
+        batch_means = sum_over_processes(classes.T @ features) / counts.clamp(min=1)
         means = getattr(self, name)
         updated = torch.where(counts > 0, DECAY * means + (1 - DECAY) * batch_means, means)
         means.copy_(updated.detach())
         return updated
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum. Its gradient reaches this process's part, weighed for apply_gradients' average."""
+    if not dist.is_initialized():
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total + common.processes() * (values - values.detach())
 
 
 def build(args: Namespace) -> dict[str, nn.Module]:
@@ -232,7 +238,7 @@ def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, n
     def step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         real = common.to_symmetric(images)  # x_r
         classes = F.one_hot(labels, CLASSES).float()  # (N, 10)
-        noise, prior_latents = common.randn(len(images), 2, args.latent_size, device=device).unbind(1)
+        noise, prior_latents = torch.randn(len(images), 2, args.latent_size, device=device).unbind(1)
         with autocast:
             mu, logvar = encoder(real, classes)
             # Two batches, so that batch norm lets no loss of x_p reach the encoder. The prior's classes are those of
@@ -259,7 +265,7 @@ def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, n
             + pairwise_loss(real_class_features, reconstructed_class_features)
         )
         both = real_features, prior_features
-        means = [common.sum_over_processes(features.mean(0)) / common.processes() for features in both]
+        means = [sum_over_processes(features.mean(0)) / common.processes() for features in both]
         loss_gd = mean_loss(*means)
         loss_gc = mean_loss(
             class_means("real", real_class_features, classes), class_means("prior", prior_class_features, classes)
@@ -310,7 +316,7 @@ def train(args: Namespace) -> None:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
 
-    with common.Run(args, data) as run:  # its folder and log; `history` has the epochs of a resumed run
+    with common.record(args, data) as run:  # its folder and log; `history` has the epochs of a resumed run
         step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
         for epoch in range(len(run.history) + 1, args.epochs + 1):
             common.seed_everything(args.seed, epoch)  # of (seed, epoch) alone: a resumed run is the unbroken one
@@ -321,10 +327,7 @@ def train(args: Namespace) -> None:
             run.end_epoch()
             run.save_samples(draw_classes(networks, args, columns=8))
             run.save(networks, optimizers)
-        try:
-            save_pictures(args, networks)
-        except common.UserError as error:
-            run.warn("pictures", error)
+        save_pictures(args, networks, run.save_picture)
         run.finish()
 
 
@@ -372,27 +375,25 @@ def load_test_images(args: Namespace) -> Tensor:
     return images[torch.stack([(labels == label).nonzero()[0, 0] for label in range(CLASSES)])]
 
 
-def save_pictures(args: Namespace, networks: dict[str, nn.Module]) -> None:
-    """classes.png; and, where real test images are at hand, morph.png, styles.png and morph.gif."""
-    folder, missing = Path(args.out_dir), None
+def save_pictures(args: Namespace, networks: dict[str, nn.Module], save: Callable) -> None:
+    """classes.png; and, where real test images are at hand, morph.png, styles.png and morph.gif.
+
+    `save` takes a picture's name, what is in it, and what writes it if that is not common.write_picture.
+    """
+    save("classes.png", common.grid(draw_classes(networks, args, columns=10), columns=10))
     try:
         images = load_test_images(args).to(next(networks["generator"].parameters()).device)
     except common.UserError as error:
-        missing = error
-    if common.rank() > 0:
-        return
-    common.write_picture(folder / "classes.png", common.grid(draw_classes(networks, args, columns=10), columns=10))
-    if missing:
-        print(f"{args.script}: no morph and styles, which start from real test images: {missing}")
+        common.show_line(f"{args.script}: no morph and styles, which start from real test images: {error}")
         return
     real = common.to_unit(images)[:, None]  # (10, 1, 1, 28, 28)
     morphs = torch.cat([real, draw_morphs(networks, images, 8), real.roll(-1, 0)], dim=1)
-    common.write_picture(folder / "morph.png", common.grid(morphs.flatten(0, 1), columns=10))
+    save("morph.png", common.grid(morphs.flatten(0, 1), columns=10))
     styles = torch.cat([real, draw_styles(networks, images)], dim=1)
-    common.write_picture(folder / "styles.png", common.grid(styles.flatten(0, 1), columns=CLASSES + 1))
+    save("styles.png", common.grid(styles.flatten(0, 1), columns=CLASSES + 1))
     frames = [common.to_picture(common.grid(row, columns=5)) for row in draw_morphs(networks, images, 16).unbind(1)]
     frames = [frame.resize((3 * frame.width, 3 * frame.height), Image.Resampling.NEAREST) for frame in frames]
-    common.write_gif(folder / "morph.gif", frames)
+    save("morph.gif", frames, common.write_gif)
 
 
 def load_networks(checkpoint: dict, device: torch.device) -> dict[str, nn.Module]:
@@ -416,7 +417,11 @@ def sample(args: Namespace) -> None:
     device = common.choose_device(args)
     common.sample(args, load_sampler(args.checkpoint, device), device)
     stored = Namespace(**vars(args) | {"seed": args.checkpoint["options"]["seed"]})
-    save_pictures(stored, load_networks(args.checkpoint, device))
+
+    def save(name: str, picture, write: Callable = common.write_picture) -> None:
+        write(Path(args.out_dir, name), picture)
+
+    save_pictures(stored, load_networks(args.checkpoint, device), save)
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -425,8 +430,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     natural = common.number(int, 0, 2**63 - 1)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
-    names = "mnist, fashion or digits; digits needs no download (mnist)"
-    add("--dataset", metavar="NAME", default="mnist", help=names)
+    names = "MNIST, Fashion-MNIST, or digits drawn in a font, which need no download (mnist)"
+    add("--dataset", choices=common.LABELLED, default="mnist", help=names)
     add("--data-dir", metavar="DIR", type=common.absolute_path, default="data", help="folder of the data sets (data)")
     add("--out-dir", metavar="DIR", type=os.path.expanduser, help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
     add("--epochs", metavar="N", type=whole, help="passes over the images (guo 200)")

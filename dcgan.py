@@ -55,20 +55,15 @@ bfloat16), by `python compare.py runs/anime32-* --to assets/results-faces32`:
 # ///
 
 import os
-import sys
 from argparse import Namespace
 from pathlib import Path
 
-try:
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-    from torch.optim.swa_utils import AveragedModel
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-    import common
-except ImportError as error:
-    print(f"dcgan.py: error: {error}: it needs common.py beside it, and requirements.txt", file=sys.stderr)
-    raise SystemExit(2) from error
+import common  # common.py, which lies beside this file
 
 PRESETS = {
     "guo": dict(
@@ -154,7 +149,7 @@ class BanerjeeDiscriminator(nn.Sequential):
         layers = []
         for inputs, outputs, stride in ((1, 32, 2), (32, 64, 1), (64, 128, 1), (128, 256, 2)):
             layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1)]
-            layers += [nn.LeakyReLU(0.2, inplace=True), common.Dropout2d(0.25)]
+            layers += [nn.LeakyReLU(0.2, inplace=True), nn.Dropout2d(0.25)]
         super().__init__(*layers, nn.Flatten(), nn.Linear(256 * 7 * 7, 1), nn.Flatten(0))
 
 
@@ -198,7 +193,7 @@ def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
 
 def flip(images: torch.Tensor) -> torch.Tensor:
     """Half of the images (N, C, H, W), drawn at random, mirrored left to right."""
-    mirrored = common.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(mirrored, images.flip(3), images)
 
 
@@ -209,7 +204,7 @@ def diff_augment(images: torch.Tensor) -> torch.Tensor:
     generator does not learn to draw the distortions (Zhao et al. 2020, arXiv 2006.10738).
     """
     count, _, size, _ = images.shape
-    colour, place, hole = common.rand(count, 7, 1, 1, 1, device=images.device).split([3, 2, 2], dim=1)
+    colour, place, hole = torch.rand(count, 7, 1, 1, 1, device=images.device).split([3, 2, 2], dim=1)
     brightness, saturation, contrast = colour.unbind(1)  # each (N, 1, 1, 1)
     images = images + brightness - 0.5
     images = images.mean(1, keepdim=True).lerp(images, 2 * saturation)
@@ -240,7 +235,7 @@ def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, n
         if args.augment != "none":
             images = flip(images)
         real_images = common.to_symmetric(images)
-        latents = common.randn(len(images), args.latent_size, device=device)
+        latents = torch.randn(len(images), args.latent_size, device=device)
         with autocast:
             fake_images = generator(latents)
             # One batch each: batch norm must not mix the statistics of real and generated images.
@@ -279,7 +274,7 @@ def train(args: Namespace) -> None:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
 
-    with common.Run(args, data) as run:  # its folder and log; `history` has the epochs of a resumed run
+    with common.record(args, data) as run:  # its folder and log; `history` has the epochs of a resumed run
         step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
         for epoch in range(len(run.history) + 1, args.epochs + 1):
             common.seed_everything(args.seed, epoch)  # of (seed, epoch) alone: a resumed run is the unbroken one

@@ -20,18 +20,13 @@ perfect).
 # ///
 
 import os
-import sys
 from argparse import Namespace
 
-try:
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-    import common
-except ImportError as error:
-    print(f"gan.py: error: {error}: it needs common.py beside it, and requirements.txt", file=sys.stderr)
-    raise SystemExit(2) from error
+import common  # common.py, which lies beside this file
 
 PRESETS = {
     "guo": dict(
@@ -57,12 +52,12 @@ class Generator(nn.Sequential):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout by uniform draws: four times as fast on a CPU as its Bernoulli draws, and distinct in each process."""
+    """nn.Dropout by uniform draws: four times as fast on a CPU as its Bernoulli draws."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return values
-        kept = common.rand(*values.shape, device=values.device) >= self.p
+        kept = torch.rand(values.shape, device=values.device) >= self.p
         return values * kept.to(values.dtype).div_(1 - self.p)
 
 
@@ -104,7 +99,7 @@ def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, n
 
     def step(images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         real_images = common.to_symmetric(images)
-        latents = common.randn(len(images), args.latent_size, device=device)
+        latents = torch.randn(len(images), args.latent_size, device=device)
         with autocast:
             fake_images = generator(latents)
             both = torch.cat([real_images, fake_images.detach()])  # one pass: no batch norm would mix the halves
@@ -140,7 +135,7 @@ def train(args: Namespace) -> None:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
 
-    with common.Run(args, data) as run:  # its folder and log; `history` has the epochs of a resumed run
+    with common.record(args, data) as run:  # its folder and log; `history` has the epochs of a resumed run
         step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
         for epoch in range(len(run.history) + 1, args.epochs + 1):
             common.seed_everything(args.seed, epoch)  # of (seed, epoch) alone: a resumed run is the unbroken one
@@ -181,8 +176,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     natural = common.number(int, 0, 2**63 - 1)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
-    names = "mnist, fashion or digits; digits needs no download (mnist)"
-    add("--dataset", metavar="NAME", default="mnist", help=names)
+    names = "MNIST, Fashion-MNIST, or digits drawn in a font, which need no download (mnist)"
+    add("--dataset", choices=common.LABELLED, default="mnist", help=names)
     add("--data-dir", metavar="DIR", type=common.absolute_path, default="data", help="folder of the data sets (data)")
     add("--out-dir", metavar="DIR", type=os.path.expanduser, help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
     add("--epochs", metavar="N", type=whole, help="passes over the images (guo 200, banerjee 100)")

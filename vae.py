@@ -24,19 +24,14 @@ one core of an AMD EPYC, Zen 3, torch 2.14.1, float32), 149.2 with --lr 1e-3, 99
 
 import math
 import os
-import sys
 from argparse import Namespace
 
-try:
-    import torch
-    import torch.nn.functional as F
-    from PIL import Image
-    from torch import Tensor, nn
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
 
-    import common
-except ImportError as error:
-    print(f"vae.py: error: {error}: it needs common.py beside it, and requirements.txt", file=sys.stderr)
-    raise SystemExit(2) from error
+import common  # common.py, which lies beside this file
 
 PRESETS = {
     "guo": dict(epochs=200, batch_size=128, lr=1e-4, latent_size=2, convolutional=False, sizes=(256,), beta=1.0),
@@ -77,7 +72,7 @@ class ConvolutionalEncoder(nn.Sequential):
     def __init__(self, latent_size: int, sizes: tuple[int, ...]):
         layers = []
         for inputs, outputs, stride in zip((1, *sizes), sizes, STRIDES):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.LeakyReLU(0.2), common.Dropout2d(0.25)]
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.LeakyReLU(0.2), nn.Dropout2d(0.25)]
         super().__init__(*layers, nn.Flatten(), nn.Linear(sizes[-1] * 7 * 7, 2 * latent_size))
 
 
@@ -131,7 +126,7 @@ def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, n
 
     def step(images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         images = common.to_unit(images)
-        noise = common.randn(len(images), args.latent_size, device=device)
+        noise = torch.randn(len(images), args.latent_size, device=device)
         with autocast:
             mu, logvar = encode(encoder, images)
             logits = decoder(reparameterize(mu, logvar, noise)).float()
@@ -166,7 +161,7 @@ def train(args: Namespace) -> None:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
 
-    with common.Run(args, data) as run:  # its folder and log; `history` has the epochs of a resumed run
+    with common.record(args, data) as run:  # its folder and log; `history` has the epochs of a resumed run
         step = common.capture(make_step(args, device, autocast, networks, optimizers), device)
         for epoch in range(len(run.history) + 1, args.epochs + 1):
             common.seed_everything(args.seed, epoch)  # of (seed, epoch) alone: a resumed run is the unbroken one
@@ -254,14 +249,26 @@ def draw_latent_map(encoder: nn.Module, images: Tensor, labels: Tensor) -> Image
         shares = deviations.square() / deviations.square().sum()
         names = [f"principal component {i + 1}, {shares[i]:.0%} of the variance" for i in range(2)]
         points = points @ directions[:2].T  # (N, 2)
-    (left, bottom), (right, top) = points.amin(0).tolist(), points.amax(0).tolist()
-    width, height = right - left or 1.0, top - bottom or 1.0
-    room = (left - 0.03 * width, right + 0.15 * width), (bottom - 0.03 * height, top + 0.03 * height)
-    plot = common.Plot(*room, *names, {str(label): colour for label, colour in enumerate(common.COLOURS)})
-    for point, label in zip(points.tolist(), labels.tolist()):
-        x, y = plot.point(*point)
-        plot.draw.ellipse((x - 4, y - 4, x + 4, y + 4), common.COLOURS[label])
-    return plot.finish()
+    low, high = points.amin(0), points.amax(0)
+    places = 100 + 800 * (points - low) / (high - low).clamp(min=1e-6)  # pixels from the left and from the bottom
+    picture = Image.new("RGB", (1120, 1060), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.font = ImageFont.load_default(size=24)
+    for (x, y), label in zip(places.tolist(), labels.tolist()):
+        pen.circle((x, 1000 - y), 4, common.COLOURS[label])
+    pen.rectangle((80, 80, 920, 920), None, "black", 2)
+    for axis in (0, 1):
+        least, most = low[axis].item(), high[axis].item()
+        for value in common.ticks(least, most) if most > least else []:
+            place = 100 + 800 * (value - least) / (most - least)
+            spot, anchor = ((place, 930), "ma") if axis == 0 else ((70, 1000 - place), "rm")
+            pen.text(spot, f"{value:g}", "black", anchor=anchor)
+    pen.text((500, 1000), f"to the right: {names[0]}", "black", anchor="ma")
+    pen.text((500, 50), f"up: {names[1]}", "black", anchor="mm")
+    for label, colour in enumerate(common.COLOURS):
+        pen.rectangle((960, 90 + 40 * label, 1000, 100 + 40 * label), colour)
+        pen.text((1020, 95 + 40 * label), str(label), "black", anchor="lm")
+    return picture
 
 
 def draw_manifold(decoder: nn.Module, device: torch.device, side: int = 20) -> Tensor:
@@ -306,8 +313,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     natural = common.number(int, 0, 2**63 - 1)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
-    names = "mnist, fashion or digits; digits needs no download (mnist)"
-    add("--dataset", metavar="NAME", default="mnist", help=names)
+    names = "MNIST, Fashion-MNIST, or digits drawn in a font, which need no download (mnist)"
+    add("--dataset", choices=common.LABELLED, default="mnist", help=names)
     add("--data-dir", metavar="DIR", type=common.absolute_path, default="data", help="folder of the data sets (data)")
     add("--out-dir", metavar="DIR", type=os.path.expanduser, help="folder of the run (runs/SCRIPT-PRESET-DATASET)")
     add(
