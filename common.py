@@ -10,7 +10,6 @@ import csv
 import glob
 import hashlib
 import io
-import itertools
 import math
 import os
 import random
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 LABELLED = ("mnist", "fashion", "digits")  # data sets of 28x28 grey images in ten classes
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-MNIST_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
+MNIST_FILES = "train- and t10k-images-idx3-ubyte, train- and t10k-labels-idx1-ubyte"
 CHECKPOINT_FORMAT = 1
 NOT_KEPT = {"script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint"}
 TEMPORARY = f".*.{'[0-9a-f]' * 12}.tmp"  # the names of `replacing`
@@ -115,11 +114,6 @@ def show_line(line: str, end: str = "\n") -> None:
         print(line, end=end, flush=True)
 
 
-def clock(seconds: float) -> str:
-    """Seconds as 0:00:05."""
-    return str(timedelta(seconds=round(seconds)))
-
-
 class Progress:
     """The pace of a long job of `total` parts, and a line of it now and then."""
 
@@ -135,7 +129,9 @@ class Progress:
         return due
 
     def time_left(self, done: int) -> str:
-        return clock((time.monotonic() - self.start) / done * (self.total - done))
+        """As 0:00:05, after `done` of the parts."""
+        seconds = (time.monotonic() - self.start) / done * (self.total - done)
+        return str(timedelta(seconds=round(seconds)))
 
     def update(self, done: int, text: str = "") -> None:
         """Tell how many parts are done."""
@@ -147,11 +143,7 @@ class Progress:
 
 # --------------------------------------------------------------------------------- the command line
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are UserErrors, and that ignores a notebook's own arguments."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        in_cell = args is None and "kernel_launcher" in sys.argv[0]
-        return super().parse_known_args([] if in_cell else args, namespace)
+    """A parser that raises UserError for a mistake."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -161,16 +153,14 @@ def absolute_path(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text))
 
 
-def number(kind: type, low: float, high: float = 2**63, above: bool = False) -> Callable:
-    """An argparse type: an int or float in [low, high], or in (low, high] if `above`."""
-    noun = "a whole number" if kind is int else "a number"
-    noun += f" above {low:g}" if above else f" of at least {low:g}"
+def number(kind: type, low: float, high: float = 2**63) -> Callable:
+    """An argparse type: an int or a float from low to high."""
+    noun = f"{'a whole number' if kind is int else 'a number'} of at least {low:g}"
     noun += f" and at most {high:g}" if high < 2**62 else ""
 
     def convert(text: str):
         with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high and not (above and value == low):
+            if low <= (value := kind(text)) <= high:
                 return value
         raise argparse.ArgumentTypeError(f"must be {noun}, not {text!r}")
 
@@ -179,6 +169,8 @@ def number(kind: type, low: float, high: float = 2**63, above: bool = False) -> 
 
 def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Namespace:
     """What was typed, over the checkpoint's options (if one is asked for), over the preset's."""
+    if argv is None and "kernel_launcher" in sys.argv[0]:  # pasted into a notebook, which has its own
+        argv = []
     args = parser.parse_args(argv)
     numbers = dict(presets[args.preset])
     of_folders = numbers.pop("folder", {})  # what differs for folders of images
@@ -190,8 +182,6 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Nam
     args = parser.parse_args(argv)
     if args.to is not None and args.sample is None:
         parser.error("--to says where --sample writes: give --sample N too")
-    if args.sample is not None and args.resume:
-        parser.error("--sample draws from a finished run, --resume trains: give one of them")
     if not (args.resume or args.sample is not None or getattr(args, "evaluate", False)):
         return args
     checkpoint = load_checkpoint(out_dir, script)
@@ -262,7 +252,6 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     try:
         import torchvision  # noqa: F401  # fails here, before any work, if it does not fit torch
 
-        ImageFont.load_default(size=12)  # which needs FreeType
         best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     except Exception as error:
         raise UserError(f"{one_line(error)}: pip install -r requirements.txt mends it") from error
@@ -291,7 +280,7 @@ def choose_autocast(args: argparse.Namespace, device: torch.device) -> torch.aut
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name += f", {processes()} processes" if processes() > 1 else ""
-    show_line(f"{args.script}: device {name}; precision {precision} (bf16 native here: {'yes' if native else 'no'})")
+    show_line(f"{args.script}: device {name}; precision {precision}{', native here' * native}")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -350,7 +339,7 @@ def distribute(network: nn.Module) -> nn.Module:
 
 
 def is_captured(device: torch.device) -> bool:
-    """Whether steps are CUDA graphs; several processes exchange gradients within a step, which no graph holds."""
+    """Whether steps are CUDA graphs: not with several processes, which exchange gradients within a step."""
     return device.type == "cuda" and processes() == 1 and os.environ.get("CUDA_GRAPH") != "0"
 
 
@@ -411,7 +400,7 @@ class Data(NamedTuple):
 
 
 def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | None = None) -> Data:
-    """mnist, fashion, digits 1x28x28 with labels; anime or a folder 3 x size x size. Or UserError."""
+    """mnist, fashion, digits 1x28x28 with labels; anime (in data_dir) or a folder 3 x size x size."""
     if rank() > 0:
         dist.barrier()  # until the first process is through: it downloads and builds caches
     if name == "digits":
@@ -419,27 +408,23 @@ def load_data(name: str, data_dir: str | Path, train: bool = True, size: int | N
     elif name in LABELLED:
         data = load_mnist(name, Path(data_dir), train)
     else:
-        folder = Path(data_dir, "anime") if name == "anime" else Path(name)
-        data = Data(load_folder(folder, size, Path(data_dir)), None)
+        data = Data(load_folder(Path(data_dir, name), size, Path(data_dir)), None)
     if rank() == 0 and dist.is_initialized():
         dist.barrier()
     return data
 
 
 def load_mnist(name: str, data_dir: Path, train: bool) -> Data:
-    """MNIST or Fashion-MNIST, downloaded if it is absent, in <data_dir>/<MNIST or FashionMNIST>/raw."""
+    """MNIST or Fashion-MNIST by torchvision, which downloads what is absent, with progress."""
     from torchvision import datasets
 
     kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
-    raw = data_dir / kind.__name__ / "raw"
-    if not raw.is_dir():
-        show_line(f"downloading {kind.__name__} to {raw}")
     try:
         found = kind(data_dir, train, download=True)
         if found.data.shape != (len(found.targets), 28, 28) or found.targets.max() > 9:
             raise ValueError("no 28x28 images of ten classes")
     except Exception as error:  # whatever a server's answer or a file's bytes lead to
-        way_out = f"put {MNIST_FILES} into {raw}, or take --dataset digits, which needs none"
+        way_out = f"{data_dir / kind.__name__ / 'raw'} must hold its {MNIST_FILES}; digits needs no file"
         raise UserError(f"{kind.__name__} can't be read ({one_line(error)}): {way_out}") from error
     return Data(found.data[:, None], found.targets)
 
@@ -448,9 +433,10 @@ def draw_digits(train: bool = True) -> Data:
     """Digits in Pillow's font, turned, slanted and sized at random; always the same pictures."""
     count, seed = (10_000, "digits") if train else (2_000, "digits, test")
     chance, font, glyphs = random.Random(seed), ImageFont.load_default(size=64), {}
-    for digit, stroke in itertools.product(range(10), range(4)):
-        glyphs[digit, stroke] = glyph = Image.new("L", (96, 96))
-        ImageDraw.Draw(glyph).text((48, 48), str(digit), 255, font, anchor="mm", stroke_width=stroke)
+    for digit in range(10):
+        for stroke in range(4):
+            glyphs[digit, stroke] = glyph = Image.new("L", (96, 96))
+            ImageDraw.Draw(glyph).text((48, 48), str(digit), 255, font, anchor="mm", stroke_width=stroke)
     labels = [i % 10 for i in range(count)]
     chance.shuffle(labels)
     pictures = bytearray()
@@ -472,37 +458,32 @@ def draw_digits(train: bool = True) -> Data:
 def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
     """The pictures under `folder` as uint8 (N, 3, size, size), mapped from a file made once in `data_dir`."""
     if not folder.is_dir():
-        hint = "--dataset takes a name or a folder; python crawl_anime.py fills data/anime"
-        raise UserError(f"there is no folder {folder} ({hint})")
+        raise UserError(f"there is no folder {folder}: name one, or fill data/anime by crawl_anime.py")
     names = list_pictures(folder)
     stats = [(folder / name).stat() for name in names]
     state = "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in zip(names, stats))
     place, state = (hashlib.sha256(os.fsencode(text)).hexdigest()[:12] for text in (folder.resolve(), state))
     cache = data_dir / f"{folder.name[:40]}-{place}-{state}-{size}.images"  # a name has 255 bytes at most
-    told = ""
     if not cache.exists():
         for earlier in data_dir.glob(f"*-{place}-*-{size}.images"):  # of this folder's former files
             with contextlib.suppress(OSError):
                 earlier.unlink()
-        told = build_cache(cache, folder, names, size)
+        build_cache(cache, folder, names, size)
     count = cache.stat().st_size // (3 * size * size)
-    skipped = f"; skipped {len(names) - count:,} files{told}" if len(names) > count else ""
-    show_line(f"{count:,} images in {folder}{skipped}")
-    return torch.from_file(str(cache), size=count * 3 * size * size, dtype=torch.uint8).view(count, 3, size, size)
+    show_line(f"{count:,} images in {folder}")
+    pixels = torch.from_file(str(cache), size=count * 3 * size * size, dtype=torch.uint8)
+    return pixels.view(count, 3, size, size)
 
 
 def list_pictures(folder: Path) -> list[str]:
-    """Relative paths of the files that are pictures by their names, at any depth, without hidden ones; sorted.
-
-    Pictures of formats that we do not read are among them: they are told as skipped.
-    """
+    """Relative paths, sorted, of files that are pictures by their names, of formats not read here, too."""
     known = {*PICTURES, *Image.registered_extensions(), ".heic", ".heif", ".jxl"}
     names = sorted(glob.glob("**/*", root_dir=folder, recursive=True))
     return [name for name in names if Path(name).suffix.lower() in known and (folder / name).is_file()]
 
 
-def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> str:
-    """Decode pictures into a file, which may exceed memory. Returns which were skipped and why, to be told."""
+def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> None:
+    """Decode pictures into a file, which may exceed memory, and tell which were skipped, and why."""
     skipped, progress = [], Progress(len(names), "files")
     with replacing(cache) as temporary, open(temporary, "wb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about odd files
@@ -513,11 +494,11 @@ def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> str:
                 else:
                     file.write(pixels)
                 progress.update(i)
-        told = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+        if skipped:
+            more = ", ..." if len(skipped) > 3 else ""
+            show_line(f"skipped {len(skipped):,} of {len(names):,} files: {', '.join(skipped[:3])}{more}")
         if len(skipped) == len(names):
-            found = f"{len(names):,} pictures, none of which can be used: {told}" if names else "no picture"
-            raise UserError(f"{folder} holds {found}; files that end in {' '.join(PICTURES)} are read")
-    return f": {told}"
+            raise UserError(f"{folder} holds no picture to use: files that end in {' '.join(PICTURES)} are read")
 
 
 def in_threads(function: Callable, items: list) -> Iterator:
@@ -538,23 +519,25 @@ def decode_file(path: Path, size: int) -> bytes | str:
         image = ImageOps.fit(open_picture(path, size), (size, size), Image.Resampling.BICUBIC)
     except ValueError as error:
         return str(error)
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
     return b"".join(band.tobytes() for band in image.split())
 
 
-def open_picture(source: Path | bytes, size: int = 0) -> Image.Image:
-    """A picture by its content as RGB, upright, transparency over white; a large JPEG at about twice `size`.
+def open_picture(source: Path | bytes, size: int = 2**20) -> Image.Image:
+    """A picture as RGB, upright, transparency over white; a large JPEG at about twice `size`.
 
     Raises ValueError that says why there is none, OSError when the file can't be read now.
     """
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # some pictures carry long texts
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # some carry long texts
     known = Image.registered_extensions()
-    formats = [known[suffix] for suffix in PICTURES if suffix in known]  # never others: they may start programs
+    formats = [known[suffix] for suffix in PICTURES if suffix in known]  # others may start programs
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+        with Image.open(file, formats=formats) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError("too large")
-            if size:
-                image.draft(None, (2 * size, 2 * size))
+            image.draft(None, (2 * size, 2 * size))
             image.load()
             with contextlib.suppress(Exception):  # damaged EXIF data do not damage the picture
                 image = ImageOps.exif_transpose(image)
@@ -610,8 +593,7 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
     """Images (N, C, H, W) as one picture (C, rows * (H + 2) + 2, columns * (W + 2) + 2)."""
     from torchvision.utils import make_grid
 
-    channels = images.shape[1]
-    return make_grid(images, nrow=columns)[:channels]  # it makes three channels of one
+    return make_grid(images, nrow=columns)[: images.shape[1]]  # it makes three channels of one
 
 
 def to_picture(image: Tensor | Image.Image) -> Image.Image:
@@ -625,16 +607,16 @@ def to_picture(image: Tensor | Image.Image) -> Image.Image:
 
 def show_in_notebook(picture: Image.Image, **options) -> None:
     """Show a picture in line, in a notebook; `options` are those of IPython's display."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if hasattr(shell, "kernel"):
+    if "ipykernel" in sys.modules:
         from IPython.display import display
 
         display(picture, **options)
 
 
 def write_picture(path: str | Path, image: Tensor | Image.Image) -> None:
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
     with replacing(path, sync=False) as temporary:  # of thousands, each of which can be drawn again
-        to_picture(image).save(temporary, format="PNG")
+        to_picture(image).save(temporary, kind)
 
 
 def write_gif(path: str | Path, frames: list[Image.Image]) -> None:
@@ -675,7 +657,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 def plot_losses(curves: dict[str, list[float]]) -> Image.Image:
     """Curves over the epochs, their names beside them; logarithmic if they span more than two decades."""
-    image = Image.new("RGB", (1600, 900), "white")
+    image = Image.new("RGB", (1600, 920), "white")
     pen = ImageDraw.Draw(image)
     pen.font = ImageFont.load_default(size=28)
     left, top, right, bottom = 130, 50, 1490 - max(map(pen.textlength, curves)), 830
@@ -689,10 +671,10 @@ def plot_losses(curves: dict[str, list[float]]) -> Image.Image:
         across, up = (epoch - 1) / (last - 1), (height - low) / (high - low)
         return left + across * (right - left), bottom - up * (bottom - top)
 
-    for epoch in ticks(1, last):
+    for epoch in sorted({round(tick) for tick in ticks(1, last)}):
         x, _ = point(epoch, low)
         pen.line((x, top, x, bottom), "#e6e6e6", 2)
-        pen.text((x, bottom + 12), f"{epoch:g}", "black", anchor="ma")
+        pen.text((x, bottom + 12), str(epoch), "black", anchor="ma")
     for height in ticks(low, high):
         _, y = point(1, height)
         pen.line((left, y, right, y), "#e6e6e6", 2)
@@ -736,8 +718,7 @@ def restore(parts: dict, states: dict) -> None:
                 state = state | dict(param_groups=[group | own for group in state["param_groups"]])
             part.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        why = one_line(error)
-        raise UserError(f"the checkpoint does not fit this version's networks ({why}): train anew") from error
+        raise UserError(f"the checkpoint does not fit these networks ({one_line(error)}): train anew") from error
 
 
 @contextlib.contextmanager
@@ -749,28 +730,27 @@ def record(args: argparse.Namespace, data: Data) -> Iterator["Run"]:
         return
     if args.checkpoint is None and (run.folder / "checkpoint.pt").exists():
         aside = move_aside(run.folder)
-        show_line(f"{args.script}: the run that was in {run.folder} is now {aside}; --resume would have continued it")
+        show_line(f"{args.script}: the run in {run.folder} is now {aside}; --resume would have gone on with it")
     with locked(run.folder):
         for leftover in (*run.folder.glob(TEMPORARY), *run.folder.glob(f"samples/{TEMPORARY}")):  # of a kill
             leftover.unlink(missing_ok=True)
-        told = f"{args.preset} on {args.dataset}, {len(data.images):,} images, {run.steps} steps an epoch"
-        show_line(f"{args.script}: {told}")
+        images = f"{len(data.images):,} images, {run.steps} steps an epoch"
+        show_line(f"{args.script}: {args.preset} on {args.dataset}, {images}")
         run.save_picture("real.png", grid(to_unit(data.images[:64].cpu())))
         yield run
 
 
 def move_aside(folder: Path) -> Path:
     """Rename a run's folder to the first free name. UserError if it holds other files, too."""
-    folder = folder.resolve()  # a link is used where it leads
+    folder, number = folder.resolve(), 1  # a link is used where it leads
     with locked(folder):
         for path in folder.iterdir():
             of_runs = path.name in ("checkpoint.pt", "log.csv", "samples") or path.suffix in (".png", ".gif")
             if not of_runs and path.name[0] != ".":
-                raise UserError(f"{folder} holds a run and other files ({path.name}): --resume it or name another")
-    places = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(1))
-    aside = next(place for place in places if not place.exists())
-    folder.rename(aside)
-    return aside
+                raise UserError(f"{folder} holds a run and {path.name}: --resume it, or name another --out-dir")
+    while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return folder.rename(aside)
 
 
 class Run:
@@ -839,11 +819,11 @@ class Run:
         show_in_notebook(picture, display_id=f"samples {id(self)}", update=epoch > self.first + 1)
 
     def save_picture(self, name: str, image, write: Callable = write_picture) -> None:
-        """A by-product, a failure of which is one line: float (C, H, W) in [0, 1], or what `write` takes."""
+        """A by-product: float (C, H, W) in [0, 1], a Pillow image, or what `write` takes."""
         if rank() == 0:
             try:
                 write(self.folder / name, image)
-            except UserError as error:
+            except UserError as error:  # the checkpoint is what counts
                 show_line(f"{self.args.script}: warning: {error}")
 
     def save(self, networks: dict[str, nn.Module], optimizers: dict) -> None:
@@ -869,12 +849,13 @@ class Run:
     def save_log(self) -> None:
         self.save_picture("log.csv", self.history, write_log)
         _, *names, _, _ = self.history[-1]  # without the epoch and the times
-        self.save_picture("losses.png", plot_losses({name: [row[name] for row in self.history] for name in names}))
+        curves = {name: [row[name] for row in self.history] for name in names}
+        self.save_picture("losses.png", plot_losses(curves))
 
     def finish(self) -> None:
-        """The four-panel figure, the animation, and the last line. The log too: a kill may have left it behind."""
-        self.save_log()
-        total, pictures = self.args.epochs, {}
+        """The four-panel figure, the animation, and the last line."""
+        self.save_log()  # a kill may have left it behind the checkpoint
+        total, pictures, figure = self.args.epochs, {}, self.folder / "progress.png"
         quarters = {max(1, round(total * part / 4)) for part in (1, 2, 3, 4)}
         moments = {1 + round(i * (total - 1) / 39) for i in range(40)}
         for epoch in sorted(quarters | moments):
@@ -882,11 +863,10 @@ class Run:
                 with Image.open(self.folder / f"samples/epoch-{epoch:04}.png") as picture:
                     pictures[epoch] = picture.copy()
         panels = [(f"Epoch {epoch}", picture) for epoch, picture in pictures.items() if epoch in quarters]
-        frames = [picture for epoch, picture in pictures.items() if epoch in moments]
-        if panels and frames:
+        if panels:
             self.save_picture("progress.png", label_panels(panels))
-            self.save_picture("progress.gif", frames, write_gif)
-        show_line(f"{self.args.script}: done, pictures in {self.folder}: look at {self.folder / 'progress.png'}")
+            self.save_picture("progress.gif", list(pictures.values()), write_gif)
+        show_line(f"{self.args.script}: done, pictures in {self.folder}: look at {figure}")
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -916,15 +896,13 @@ def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = No
 
 
 def sample(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> None:
-    """--sample N --to PATH: a grid if its name ends in .png, else a folder with a PNG an image."""
-    target, count, label = Path(args.to or Path(args.out_dir, "sample.png")), args.sample, getattr(args, "label", None)
-    as_grid = target.suffix.lower() == ".png"
-    if not as_grid and target.suffix.lower() in Image.registered_extensions():
-        raise UserError(f"--to {target}: a grid is a PNG: give a name that ends in .png, or a folder")
+    """--sample N --to PATH: a grid if its name ends as a picture's, else a folder with a PNG an image."""
+    target, count = Path(args.to or Path(args.out_dir, "sample.png")), args.sample
+    as_grid = target.suffix.lower() in PICTURES
     if not as_grid and target.is_dir() and any(target.iterdir()):
         raise UserError(f"--to {target}: there are files in it: name a new folder")
     progress, written, tiles = Progress(count, "images"), 0, []
-    for images, labels in draw(sampler, count, args.seed, device, label):
+    for images, labels in draw(sampler, count, args.seed, device, getattr(args, "label", None)):
         if as_grid:
             tiles.append(images)
         else:  # 00000.png and on; labelled images in a sub-folder a class

@@ -57,7 +57,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
@@ -529,10 +528,9 @@ def train_trials(script: str, trials: dict[Path, tuple[str, list[str]]]) -> None
             if checkpoint["epoch"] >= asked.epochs:
                 del commands[folder]
     print(f"compare: a grid of {len(trials)} runs in grids/; interrupted, the same command goes on", flush=True)
-    start = time.monotonic()
+    progress = common.Progress(len(commands), "runs")
     for i, (folder, command) in enumerate(commands.items()):
-        seconds = (time.monotonic() - start) / max(i, 1) * (len(commands) - i)
-        left = f", {common.clock(seconds)} left for all" if i else ""
+        left = f", {progress.time_left(i)} left for all" if i else ""
         print(f"\ncompare: run {i + 1} of {len(commands)}{left}: {folder.name}", flush=True)
         if subprocess.run(command).returncode:
             print(f"compare: {folder.name} failed, and is left out")

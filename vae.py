@@ -309,7 +309,7 @@ def evaluate(args: Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = common.Parser("vae.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    whole, positive = common.number(int, 1), common.number(float, 0, above=True)
+    whole, positive = common.number(int, 1), common.number(float, 1e-9)
     natural = common.number(int, 0, 2**63 - 1)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
