@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 LABELLED = ("mnist", "fashion", "digits")  # data sets of 28x28 grey images in ten classes
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-MNIST_FILES = "train- and t10k-images-idx3-ubyte, train- and t10k-labels-idx1-ubyte"
 CHECKPOINT_FORMAT = 1
 NOT_KEPT = {"script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint"}
 TEMPORARY = f".*.{'[0-9a-f]' * 12}.tmp"  # the names of `replacing`
@@ -45,9 +44,8 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """A library's message, or the error's type where it has none, in at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
+    """The first 200 characters of a library's message, or the error's type where it has none."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 @contextlib.contextmanager
@@ -280,7 +278,8 @@ def choose_autocast(args: argparse.Namespace, device: torch.device) -> torch.aut
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name += f", {processes()} processes" if processes() > 1 else ""
-    show_line(f"{args.script}: device {name}; precision {precision}{', native here' * native}")
+    note = "native" if native else "not native"
+    show_line(f"{args.script}: device {name}; precision {precision} (bf16 is {note} here)")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -303,8 +302,9 @@ def seed_everything(seed: int, epoch: int = 0) -> None:
 def adam(parameters, lr: float, beta1: float = 0.9) -> torch.optim.Adam:
     """Adam in one kernel a step (fused), which a CUDA graph can capture."""
     parameters = list(parameters)
-    device = parameters[0].device
-    how = dict(fused=device.type in ("cpu", "cuda"), capturable=is_captured(device))
+    kind = parameters[0].device.type
+    warnings.filterwarnings("ignore", message=".*capturable=True.*")  # of steps outside of a graph
+    how = dict(fused=kind in ("cpu", "cuda"), capturable=kind == "cuda")
     return torch.optim.Adam(parameters, lr, (beta1, 0.999), **how)
 
 
@@ -338,17 +338,10 @@ def distribute(network: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if shared else network
 
 
-def is_captured(device: torch.device) -> bool:
-    """Whether steps are CUDA graphs: not with several processes, which exchange gradients within a step."""
-    return device.type == "cuda" and processes() == 1 and os.environ.get("CUDA_GRAPH") != "0"
-
-
 def capture(step: Callable, device: torch.device) -> Callable:
-    """`step` as one CUDA graph, on CUDA with one process, unless the environment has CUDA_GRAPH=0."""
-    if not is_captured(device):
-        return step
-    warnings.filterwarnings("ignore", message=".*capturable=True.*")  # of steps before the capture
-    return GraphedStep(step)
+    """`step` as one CUDA graph, unless CUDA_GRAPH=0 or several processes exchange gradients in it."""
+    graphed = device.type == "cuda" and processes() == 1 and os.environ.get("CUDA_GRAPH") != "0"
+    return GraphedStep(step) if graphed else step
 
 
 class GraphedStep:
@@ -424,7 +417,8 @@ def load_mnist(name: str, data_dir: Path, train: bool) -> Data:
         if found.data.shape != (len(found.targets), 28, 28) or found.targets.max() > 9:
             raise ValueError("no 28x28 images of ten classes")
     except Exception as error:  # whatever a server's answer or a file's bytes lead to
-        way_out = f"{data_dir / kind.__name__ / 'raw'} must hold its {MNIST_FILES}; digits needs no file"
+        files = "train- and t10k-images-idx3-ubyte, train- and t10k-labels-idx1-ubyte"
+        way_out = f"put its {files} into {data_dir / kind.__name__ / 'raw'}, or take --dataset digits"
         raise UserError(f"{kind.__name__} can't be read ({one_line(error)}): {way_out}") from error
     return Data(found.data[:, None], found.targets)
 
@@ -466,8 +460,7 @@ def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
     cache = data_dir / f"{folder.name[:40]}-{place}-{state}-{size}.images"  # a name has 255 bytes at most
     if not cache.exists():
         for earlier in data_dir.glob(f"*-{place}-*-{size}.images"):  # of this folder's former files
-            with contextlib.suppress(OSError):
-                earlier.unlink()
+            earlier.unlink(missing_ok=True)
         build_cache(cache, folder, names, size)
     count = cache.stat().st_size // (3 * size * size)
     show_line(f"{count:,} images in {folder}")
@@ -495,8 +488,7 @@ def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> None:
                     file.write(pixels)
                 progress.update(i)
         if skipped:
-            more = ", ..." if len(skipped) > 3 else ""
-            show_line(f"skipped {len(skipped):,} of {len(names):,} files: {', '.join(skipped[:3])}{more}")
+            show_line(f"skipped {len(skipped):,} of {len(names):,} files, such as {', '.join(skipped[:3])}")
         if len(skipped) == len(names):
             raise UserError(f"{folder} holds no picture to use: files that end in {' '.join(PICTURES)} are read")
 
@@ -513,8 +505,6 @@ def in_threads(function: Callable, items: list) -> Iterator:
 
 def decode_file(path: Path, size: int) -> bytes | str:
     """The pixels of a file, 3 x size x size, or why it has none."""
-    if path.suffix.lower() not in PICTURES:
-        return f"{path.suffix[1:].upper()} is not read"
     try:
         image = ImageOps.fit(open_picture(path, size), (size, size), Image.Resampling.BICUBIC)
     except ValueError as error:
@@ -524,15 +514,11 @@ def decode_file(path: Path, size: int) -> bytes | str:
     return b"".join(band.tobytes() for band in image.split())
 
 
-def open_picture(source: Path | bytes, size: int = 2**20) -> Image.Image:
-    """A picture as RGB, upright, transparency over white; a large JPEG at about twice `size`.
-
-    Raises ValueError that says why there is none, OSError when the file can't be read now.
-    """
+def open_picture(file: Path | BinaryIO, size: int = 2**20) -> Image.Image:
+    """A picture as RGB, upright, on white; a large JPEG at about twice `size`. ValueError if it is none."""
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # some carry long texts
     known = Image.registered_extensions()
     formats = [known[suffix] for suffix in PICTURES if suffix in known]  # others may start programs
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with Image.open(file, formats=formats) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -547,6 +533,8 @@ def open_picture(source: Path | bytes, size: int = 2**20) -> Image.Image:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("in no format that is read") from error
     except Exception as error:  # a damaged file raises whatever its bytes lead to
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise
@@ -555,14 +543,13 @@ def open_picture(source: Path | bytes, size: int = 2**20) -> Image.Image:
 
 def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Data]:
     """An epoch's whole batches in random order, this process's share of each, on the device."""
-    device = torch.device(device)
     order = torch.randperm(len(data.images)).to(data.images.device)  # once: each copy is waited for
     if rank() > 0:  # all processes have drawn the same order; their noise must differ
         torch.manual_seed(torch.initial_seed() + rank())
     for batch in order.split(batch_size)[: len(order) // batch_size]:
         picked = batch.chunk(processes())[rank()]
         images = data.images.index_select(0, picked)
-        if device.type == "cuda" and not images.is_cuda:
+        if torch.device(device).type == "cuda" and not images.is_cuda:
             images = images.pin_memory()  # which alone may be copied without waiting
         labels = None if data.labels is None else data.labels.index_select(0, picked).to(device)
         yield Data(images.to(device, non_blocking=images.is_pinned()), labels)
@@ -788,7 +775,6 @@ class Run:
         left = self.progress.time_left((epoch - 1 - self.first) * self.steps + len(self.losses))
         rate = len(self.losses) * self.args.batch_size / (time.perf_counter() - self.started)
         shown = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in figures.items())
-        # The losses last: on a narrow terminal the line's end is cut off.
         show_line(f"epoch {epoch:>{len(str(total))}}/{total}  {left} left  {rate:,.0f} images/s  {shown}", end)
 
     def end_epoch(self, figures: dict[str, float] | None = None) -> None:
@@ -874,12 +860,10 @@ class Sampler(NamedTuple):
     """What a trained model offers to anyone who knows nothing about it."""
 
     latent_size: int
-    # (latents (N, latent_size), labels (N,) or None) -> images float32 (N, C, H, W) in [0, 1]
-    generate: Callable
+    generate: Callable  # (latents (N, latent_size), labels (N,) or None) -> float32 (N, C, H, W) in [0, 1]
     parameters: int  # weights of all networks
     classes: int = 0  # labels that `generate` takes; 0 for an unconditional model
-    # (images uint8 (N, C, H, W), samples=500) -> bounds on log p(x) by name, in nats
-    evaluate: Callable | None = None
+    evaluate: Callable | None = None  # (uint8 (N, C, H, W), samples=500) -> bounds on log p(x) [nats] by name
 
 
 def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = None) -> Iterator:

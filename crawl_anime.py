@@ -565,7 +565,7 @@ def decode(source: Path | bytes) -> Image.Image:
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             check_parts(file)
-        return common.open_picture(source)
+            return common.open_picture(file)
     except OSError as error:
         raise Unusable(f"can't be read: {error.strerror}") from error
     except ValueError as error:
