@@ -460,7 +460,8 @@ def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
     cache = data_dir / f"{folder.name[:40]}-{place}-{state}-{size}.images"  # a name has 255 bytes at most
     if not cache.exists():
         for earlier in data_dir.glob(f"*-{place}-*-{size}.images"):  # of this folder's former files
-            earlier.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on Windows, while a training uses it
+                earlier.unlink()
         build_cache(cache, folder, names, size)
     count = cache.stat().st_size // (3 * size * size)
     show_line(f"{count:,} images in {folder}")
@@ -471,8 +472,9 @@ def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
 def list_pictures(folder: Path) -> list[str]:
     """Relative paths, sorted, of files that are pictures by their names, of formats not read here, too."""
     known = {*PICTURES, *Image.registered_extensions(), ".heic", ".heif", ".jxl"}
-    names = sorted(glob.glob("**/*", root_dir=folder, recursive=True))
-    return [name for name in names if Path(name).suffix.lower() in known and (folder / name).is_file()]
+    names = sorted(glob.glob("**/*", root_dir=folder, recursive=True), reverse=True)
+    found = {(folder / name).resolve(): name for name in names if Path(name).suffix.lower() in known}
+    return sorted(name for path, name in found.items() if path.is_file())  # once each, whatever links lead there
 
 
 def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> None:
@@ -522,7 +524,7 @@ def open_picture(file: Path | BinaryIO, size: int = 2**20) -> Image.Image:
     try:
         with Image.open(file, formats=formats) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError("too large")
+                raise Image.DecompressionBombError
             image.draft(None, (2 * size, 2 * size))
             image.load()
             with contextlib.suppress(Exception):  # damaged EXIF data do not damage the picture
@@ -535,10 +537,12 @@ def open_picture(file: Path | BinaryIO, size: int = 2**20) -> Image.Image:
             return image.convert("RGB")
     except Image.UnidentifiedImageError as error:
         raise ValueError("in no format that is read") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError("too large") from error
     except Exception as error:  # a damaged file raises whatever its bytes lead to
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise
-        raise ValueError(one_line(error)) from error
+        raise ValueError(f"damaged: {one_line(error)}") from error
 
 
 def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Data]:
@@ -716,6 +720,7 @@ def record(args: argparse.Namespace, data: Data) -> Iterator["Run"]:
         yield run
         return
     if args.checkpoint is None and (run.folder / "checkpoint.pt").exists():
+        run.folder = run.folder.resolve()  # a link is used where it leads
         aside = move_aside(run.folder)
         show_line(f"{args.script}: the run in {run.folder} is now {aside}; --resume would have gone on with it")
     with locked(run.folder):
@@ -729,7 +734,7 @@ def record(args: argparse.Namespace, data: Data) -> Iterator["Run"]:
 
 def move_aside(folder: Path) -> Path:
     """Rename a run's folder to the first free name. UserError if it holds other files, too."""
-    folder, number = folder.resolve(), 1  # a link is used where it leads
+    number = 1
     with locked(folder):
         for path in folder.iterdir():
             of_runs = path.name in ("checkpoint.pt", "log.csv", "samples") or path.suffix in (".png", ".gif")

@@ -37,6 +37,7 @@ import shlex
 import socket
 import ssl
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -758,6 +759,7 @@ def read_text(data: bytes) -> str:
 
 def crawl(args: argparse.Namespace) -> None:
     """From the options to a folder of crops."""
+    warnings.filterwarnings("ignore", module="PIL")  # about odd pictures: what matters is told in a line
     with common.locked(Path(args.to)):
         folder = Folder(args.to)
         if args.forget:

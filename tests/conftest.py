@@ -25,24 +25,17 @@ CPU = torch.device("cpu")
 FP32, BF16 = (torch.autocast("cpu", torch.bfloat16, enabled=enabled) for enabled in (False, True))
 torch.set_num_threads(1)  # tiny work: more threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
+common.draw_digits = functools.cache(common.draw_digits)  # which are the same for every test
 
 
 # -------------------------------------------------------------------------------------------------------------- data
-
-
-@pytest.fixture(scope="session", autouse=True)
-def digits_drawn_once():
-    """The drawn digits are the same for every test: draw them once in this process."""
-    common.draw_digits = functools.cache(common.draw_digits)
-
-
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with MNIST/raw and anime that DATA_DIR names; the test is skipped without it."""
-    folder = Path(os.environ.get("DATA_DIR", ""))
-    if not os.environ.get("DATA_DIR") or not (folder / "MNIST" / "raw").is_dir():
+    folder = Path(os.environ.get("DATA_DIR", "none")).resolve()
+    if not (folder / "MNIST" / "raw").is_dir():
         pytest.skip("DATA_DIR names no folder with MNIST/raw")
-    return folder.resolve()
+    return folder
 
 
 def write_idx(folder: Path, count: int = 40) -> Path:
@@ -70,7 +63,6 @@ def make_folder(folder: Path, count: int = 48) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------------- trainings
-
 TRAININGS = {  # all that the reports train, in small: two epochs of two steps
     "gan-guo": "--preset guo --data-dir tiny --batch-size 20",
     "gan-banerjee": "--preset banerjee --data-dir tiny --batch-size 20",
@@ -117,46 +109,43 @@ def trainings(tmp_path_factory) -> Trainings:
     return Trainings(tmp_path_factory.mktemp("trainings"))
 
 
-def tensors_of(checkpoint: dict) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint by their path in it."""
+def tensors_of(states: dict, path: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of nested dictionaries by their path."""
     found = {}
-
-    def walk(value, path):
-        if isinstance(value, torch.Tensor):
-            found[path] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{path}/{key}")
-        elif isinstance(value, (list, tuple)):
-            for i, inner in enumerate(value):
-                walk(inner, f"{path}/{i}")
-
-    walk({name: checkpoint[name] for name in ("networks", "optimizers")}, "")
+    for key, value in states.items():
+        if isinstance(value, dict):
+            found |= tensors_of(value, f"{path}/{key}")
+        elif isinstance(value, torch.Tensor):
+            found[f"{path}/{key}"] = value
     return found
+
+
+def rows_of(checkpoint: dict) -> list[dict]:
+    """The rows of its log, without the times."""
+    times = ("seconds", "images per second")
+    return [{name: value for name, value in row.items() if name not in times} for row in checkpoint["history"]]
+
+
+def pictures_of(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for kind in ("png", "gif") for path in run.rglob(f"*.{kind}")}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Two run folders agree bit for bit: options, every tensor, every row of the log but its times, every picture."""
     first, second = common.load_checkpoint(one), common.load_checkpoint(other)
     assert (first["epoch"], first["options"]) == (second["epoch"], second["options"])
-    left, right = tensors_of(first), tensors_of(second)
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-    times = ("seconds", "images per second")
-    rows = [[{k: v for k, v in row.items() if k not in times} for row in c["history"]] for c in (first, second)]
-    assert rows[0] == rows[1]
+    for part in ("networks", "optimizers"):
+        left, right = tensors_of(first[part]), tensors_of(second[part])
+        assert left and left.keys() == right.keys()
+        assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert rows_of(first) == rows_of(second)
     assert [len((run / "log.csv").read_text().splitlines()) for run in (one, other)] == [first["epoch"] + 1] * 2
-    pictures = [
-        {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*.*") if path.suffix in (".png", ".gif")}
-        for run in (one, other)
-    ]
-    assert pictures[0].keys() == pictures[1].keys()
-    assert [name for name in pictures[0] if pictures[0][name] != pictures[1][name]] == []
+    left, right = pictures_of(one), pictures_of(other)
+    assert left.keys() == right.keys()
+    assert [name for name in left if left[name] != right[name]] == []
 
 
 # ----------------------------------------------------------------------------------------------------------- scripts
-
-
 @pytest.fixture
 def refusal(capfd):
     """A function that runs a script and returns the one line that it must end with, with status 2."""

@@ -1,7 +1,6 @@
 """A local image site that speaks three families of APIs, plays faults, and notes every request."""
 
 import contextlib
-import hashlib
 import io
 import json
 import random
@@ -29,8 +28,11 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 class FakeBooru(ThreadingHTTPServer):
-    """`posts` are dicts with an id and whatever a test wants to differ; `faults[path]` are played one a request,
-    before the normal answer; `always[path]` is played every time. `log` has each request's time, path, host."""
+    """`posts` are dicts with an id and whatever a test wants to differ, newest first.
+
+    `faults[path]` are played one a request, before the normal answer; `always[path]` is played every time.
+    `log` has each request's time and path, `searches` the tags of each search.
+    """
 
     daemon_threads = True
     clock = staticmethod(time.monotonic)
@@ -52,18 +54,17 @@ class FakeBooru(ThreadingHTTPServer):
         for number in range(1, count + 1):
             self.add(number, encode(draw(number)))
 
-    def add(self, number: int, body: bytes, name: str | None = None, **fields) -> str:
-        """One more post; returns its picture's path."""
-        path = f"/images/7/{name or f'{number}.png'}"
+    def add(self, number: int, body: bytes, **fields) -> None:
+        """One more post, the newest."""
+        path = f"/images/7/{number}.png"
         self.files[path] = body
-        self.posts.insert(0, dict(id=number, path=path, md5=hashlib.md5(body).hexdigest()) | fields)
-        return path
+        self.posts.insert(0, dict(id=number, path=path) | fields)
 
     def requests(self, path: str) -> list[float]:
-        return [moment for moment, asked, _ in self.log if asked == path]
+        return [moment for moment, asked in self.log if asked == path]
 
     def pictures(self) -> list[str]:
-        return [path for _, path, _ in self.log if path.startswith(("/images", "/samples"))]
+        return [path for _, path in self.log if path.startswith(("/images", "/samples"))]
 
     def handle_error(self, *_):
         pass  # clients that go away are part of the play
@@ -81,15 +82,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server, path = self.server, urlsplit(self.path).path
-        server.log.append((server.clock(), path, self.headers["Host"]))
-        self.server.last_headers = dict(self.headers)
+        server.log.append((server.clock(), path))
+        server.last_headers = dict(self.headers)
         with contextlib.suppress(OSError):
             if server.faults[path]:
                 server.faults[path].pop(0)(self)
             elif path in server.always:
                 server.always[path](self)
             elif path == "/robots.txt":
-                self.answer(200 if server.robots is not None else 404, (server.robots or "").encode(), "text/plain")
+                self.answer(200 if server.robots is not None else 404, (server.robots or "").encode())
             elif path in ("/posts.json", "/post.json", "/index.php"):
                 self.answer_search()
             elif path in server.files:
@@ -99,49 +100,41 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def answer_search(self):
+        """What the family that owns the path answers, quirks included."""
         parts = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(parts.query, keep_blank_values=True).items()}
-        self.answer(200, self.api(parts.path, query), "application/json")
-
-    def api(self, path: str, query: dict) -> bytes:
-        """What the family that owns the path answers, quirks included."""
-        danbooru, moebooru = path == "/posts.json", path == "/post.json"
+        danbooru, gelbooru = parts.path == "/posts.json", parts.path == "/index.php"
         self.server.searches.append(query["tags"])
-        words = query["tags"].split()
-        below = [int(word[4:]) for word in words if word.startswith("id:<")]
+        below = [int(word[4:]) for word in query["tags"].split() if word.startswith("id:<")]
         if danbooru and query.get("page", "").startswith("b"):
             below.append(int(query["page"][1:]))
         limit = min(self.server.page, int(query["limit"]), 200 if danbooru else 100)
         posts = [post for post in self.server.posts if all(post["id"] < number for number in below)][:limit]
-        if not danbooru and not moebooru and not posts:
-            return b""  # no results: an empty body
-        give = self.danbooru if danbooru else self.moebooru if moebooru else self.gelbooru
-        return json.dumps([post["raw"] if "raw" in post else give(post) for post in posts]).encode()
+        if gelbooru and not posts:
+            return self.answer(200)  # no results: an empty body
+        describe = self.danbooru if danbooru else self.gelbooru if gelbooru else self.moebooru
+        page = [post["raw"] if "raw" in post else describe(post) for post in posts]
+        self.answer(200, json.dumps(page).encode(), "application/json")
 
     def danbooru(self, post: dict) -> dict:
         raw = dict(id=post["id"], rating=post.get("rating", "g"), tag_string=post.get("tags", "1girl solo"))
         raw |= dict(tag_string_artist=post.get("artist", ""), source=post.get("source", ""))
-        return raw | self.addresses(post, "large_file_url", post.get("path"))
+        return raw | self.addresses(post, "large_file_url", post["path"])
 
-    def moebooru(self, post: dict) -> dict:
-        raw = dict(id=post["id"], rating=post.get("rating", "s"), tags=post.get("tags", "smile"))
+    def moebooru(self, post: dict, rating: str = "s") -> dict:
+        raw = dict(id=post["id"], rating=post.get("rating", rating), tags=post.get("tags", "smile"))
         return raw | dict(source=post.get("source", "")) | self.addresses(post, "sample_url", None)
+
+    def gelbooru(self, post: dict) -> dict:
+        return self.moebooru(post, "general")
 
     def addresses(self, post: dict, sample: str, usual: str | None) -> dict:
         """A post's file, unless it was deleted, and its sample, which is the `usual` one if it has none."""
-        found = {} if post.get("deleted") else dict(file_url=self.server.url + post["path"], md5=post["md5"])
+        found = {} if post.get("deleted") else {"file_url": self.server.url + post["path"]}
         place = post.get("sample") or (usual if found else None)
         return found | ({sample: self.server.url + place} if place else {})
 
-    def gelbooru(self, post: dict) -> dict:
-        """An older answer: no addresses, only their parts."""
-        folder, image = post["path"].removeprefix("/images/").rsplit("/", 1)
-        raw = dict(
-            id=post["id"], rating=post.get("rating", "general"), tags=post.get("tags", "1girl solo"), hash=post["md5"]
-        )
-        return raw | dict(directory=folder, image=image, sample=bool(post.get("sample")))
-
-    def answer(self, status: int, body: bytes = b"", kind: str = "text/plain", **headers):
+    def answer(self, status: int, body: bytes = b"", kind: str | None = "text/plain", **headers):
         self.send_response(status)
         fields = {"Content-Length": str(len(body)), "Content-Type": kind}
         for name, value in (fields | {name.replace("_", "-"): value for name, value in headers.items()}).items():
@@ -159,11 +152,15 @@ def status(code: int, body: bytes = b"", **headers):
 
 
 def redirect(place: str, code: int = 302):
-    return lambda handler: handler.answer(code, b"moved", Location=place)
+    return status(code, b"moved", Location=place)
 
 
 def picture(body: bytes, **headers):
-    return lambda handler: handler.answer(200, body, **({"kind": "image/png"} | headers))
+    return status(200, body, **({"kind": "image/png"} | headers))
+
+
+def challenge(code: int):
+    return status(code, b"<html>Just a moment", kind="text/html", Server="cloudflare", cf_mitigated="challenge")
 
 
 def reset(handler):
@@ -171,34 +168,8 @@ def reset(handler):
     handler.connection.close()
 
 
-def hang_up(handler):
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def garbage(handler):
-    handler.wfile.write(b"\x00\x01 this is not HTTP\r\n\r\n")
-
-
 def short(handler):
     handler.answer(200, b"\x89PNG only the beginning", "image/png", Content_Length="5000")
-
-
-def broken_chunks(handler):
-    handler.answer(200, b"ffff\r\nfour", "image/png", Content_Length=None, Transfer_Encoding="chunked")
-
-
-def chunk_of(size: bytes):
-    """A chunk that claims a size in hexadecimal digits."""
-
-    def fault(handler):
-        handler.answer(200, size + b"\r\nfour", "image/png", Content_Length=None, Transfer_Encoding="chunked")
-
-    return fault
-
-
-def cut_off(body: bytes):
-    """An answer without a length that ends too early: nothing but its content tells."""
-    return lambda handler: handler.answer(200, body, "image/png", Content_Length=None)
 
 
 def endless(handler):
@@ -207,19 +178,8 @@ def endless(handler):
         handler.wfile.write(bytes(2**20))
 
 
-def drip(handler, length: str | None = "100000"):
-    handler.answer(200, b"", "image/png", Content_Length=length)
-    while True:
-        handler.wfile.write(b"x")
-        time.sleep(0.02)
-
-
-def drip_without_length(handler):
-    drip(handler, None)
-
-
-def drip_headers(handler):
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+def drip(handler):
+    handler.answer(200, b"", "image/png", Content_Length="100000")
     while True:
         handler.wfile.write(b"x")
         time.sleep(0.02)
@@ -227,7 +187,3 @@ def drip_headers(handler):
 
 def silence(handler):
     time.sleep(3)
-
-
-def challenge(code: int):
-    return status(code, b"<html>Just a moment", kind="text/html", Server="cloudflare", cf_mitigated="challenge")

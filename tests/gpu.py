@@ -38,7 +38,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,6 @@ def main(argv: list[str] | None = None) -> None:
         if not torch.cuda.is_available():
             parser.error("this machine has no CUDA: --device cpu compares two eager runs")
         torch.use_deterministic_algorithms(True)
-        warnings.filterwarnings("ignore", message=".*capturable=True.*")  # of eager steps
         print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
 
     load_data = functools.cache(common.load_data) if options.data_dir else load_random

@@ -42,7 +42,7 @@ def noise(count: int, args: Namespace) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dataset", "size"), [("digits", 28), ("faces", 32), ("faces", 64), ("faces", 128)])
-def test_networks_have_a_layer_for_each_doubling_and_the_shapes_of_their_images(dataset, size):
+def test_networks_have_a_layer_for_each_doubling_and_a_logit_that_sees_every_pixel(dataset, size):
     args = options(dataset, image_size=size, features=8)
     networks = dcgan.build(args)
     images = networks["generator"](torch.randn(2, 100))
@@ -54,27 +54,17 @@ def test_networks_have_a_layer_for_each_doubling_and_the_shapes_of_their_images(
         channels = [layer.out_channels for layer in layers][:-1]
         widths = [8 * 2**i for i in range(len(layers) - 1)]
         assert channels == (widths if network == "discriminator" else widths[::-1])
+    images = torch.randn(1, *images.shape[1:], requires_grad=True)
+    (gradient,) = torch.autograd.grad(networks["discriminator"].eval()(images).sum(), images)
+    assert (gradient != 0).all()
 
 
 def test_the_network_for_digits_follows_the_reports_rules():
-    networks = dcgan.build(options())
-    kinds = {name: [type(layer).__name__ for layer in network] for name, network in networks.items()}
+    kinds = {name: [type(layer).__name__ for layer in network] for name, network in dcgan.build(options()).items()}
     block = ["ConvTranspose2d", "BatchNorm2d", "ReLU"]
     assert kinds["generator"] == ["Unflatten", *block * 3, "ConvTranspose2d", "Tanh"]
-    assert kinds["discriminator"] == [
-        *("Conv2d", "LeakyReLU", *["Conv2d", "BatchNorm2d", "LeakyReLU"] * 2, "Conv2d", "Flatten")
-    ]
-
-
-@pytest.mark.parametrize("size", [28, 32, 64, 128])
-def test_no_layer_pools_or_connects_all_and_each_logit_sees_every_pixel(size):
-    torch.manual_seed(0)
-    networks = dcgan.build(options("faces" if size > 28 else "digits", image_size=size, features=8))
-    kinds = {type(layer) for network in networks.values() for layer in network.modules()}
-    assert not [kind for kind in kinds if "Pool" in kind.__name__ or kind is nn.Linear]
-    images = torch.randn(1, 3 if size > 28 else 1, size, size, requires_grad=True)
-    (gradient,) = torch.autograd.grad(networks["discriminator"].eval()(images).sum(), images)
-    assert (gradient != 0).all()
+    block = ["Conv2d", "BatchNorm2d", "LeakyReLU"]
+    assert kinds["discriminator"] == ["Conv2d", "LeakyReLU", *block * 2, "Conv2d", "Flatten"]
 
 
 def parameters_of(network: nn.Module) -> int:
@@ -103,8 +93,7 @@ def parameters_of(network: nn.Module) -> int:
 )
 def test_parameter_counts(dataset, preset, generator, discriminator):
     networks = dcgan.build(options(dataset, preset))
-    assert parameters_of(networks["generator"]) == generator
-    assert parameters_of(networks["discriminator"]) == discriminator
+    assert [parameters_of(network) for network in networks.values()] == [generator, discriminator]
 
 
 def test_banerjees_networks_have_dropout_of_channels_and_no_batch_norm():
@@ -121,20 +110,18 @@ def test_banerjees_networks_have_dropout_of_channels_and_no_batch_norm():
 @pytest.mark.parametrize("name", ["generator", "discriminator"])
 def test_initial_weights_are_gaussians_of_deviation_0_02(name):
     torch.manual_seed(0)
-    network = dcgan.build(options("faces"))[name]
-    for layer in network:
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+    for layer in dcgan.build(options("faces"))[name]:
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+            mean = 1 if isinstance(layer, nn.BatchNorm2d) else 0
             error = 5 / math.sqrt(layer.weight.numel())
-            assert abs(layer.weight.mean()) < 0.02 * error and abs(layer.weight.std() / 0.02 - 1) < error
-        elif isinstance(layer, nn.BatchNorm2d):
-            error = 5 / math.sqrt(layer.weight.numel())
-            assert abs(layer.weight.mean() - 1) < 0.02 * error and abs(layer.weight.std() / 0.02 - 1) < error
-            assert layer.bias.abs().max() == 0
+            assert abs(layer.weight.mean() - mean) < 0.02 * error and abs(layer.weight.std() / 0.02 - 1) < error
+            assert not mean or layer.bias.abs().max() == 0
 
 
 @pytest.mark.parametrize("player", ["generator", "discriminator"])
 def test_each_loss_moves_its_own_player_alone(player):
     _, networks, optimizers, _ = trained()
+    assert optimizers[player].param_groups[0]["betas"] == (0.5, 0.999)
     before = {name: [p.clone() for p in network.parameters()] for name, network in networks.items()}
     logits = networks["discriminator"](networks["generator"](torch.randn(4, 100)))
     common.descend(dcgan.generator_loss(logits), optimizers[player])
@@ -177,8 +164,6 @@ def test_the_discriminator_sees_real_and_generated_images_in_batches_of_their_ow
 
 
 # ---------------------------------------------------------------------------------------------- augmentation
-
-
 def test_flips_mirror_half_of_the_images():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (400, 1, 4, 4), dtype=torch.uint8)
@@ -196,24 +181,6 @@ def test_augmentation_is_the_same_for_real_and_generated_images():
     assert len(augmented) == 3
     for images in augmented:  # each has its square of zeros, of a quarter of the image where it lies wholly within
         assert ((images == 0).flatten(1).sum(1) >= 14 * 14 // 4).all()
-    torch.manual_seed(5)
-    one = dcgan.diff_augment(images)
-    torch.manual_seed(5)
-    assert torch.equal(one, dcgan.diff_augment(images))  # nothing but the random numbers decides
-
-
-def test_augmentation_passes_gradients_where_the_image_is_still_seen():
-    torch.manual_seed(0)
-    images = torch.rand(16, 3, 32, 32).requires_grad_()
-    augmented = dcgan.diff_augment(images)
-    assert augmented.shape == images.shape
-    (gradient,) = torch.autograd.grad(augmented.sum(), images)
-    # The means reach every pixel alike; those still seen have the contrast factor more, summed over channels.
-    gradient = gradient.sum(1).flatten(1)
-    contrast = (gradient.amax(1) - gradient.amin(1)) / 3
-    assert gradient.isfinite().all() and (contrast > 0.49).all() and (contrast < 1.51).all()
-    seen = (gradient > (gradient.amax(1) + gradient.amin(1))[:, None] / 2).float().mean(1)
-    assert (seen > 0.4).all() and (seen < 1).all()  # up to a quarter is cut out, and up to a quarter moved out of sight
 
 
 def test_each_augmentation_does_what_the_paper_says(monkeypatch):
@@ -223,8 +190,9 @@ def test_each_augmentation_does_what_the_paper_says(monkeypatch):
         place = [(shift + 2.5) / 5 for shift in (down, across)]  # of [0, 1): -2 to 2, an eighth of the side
         hole = [(start + 4.5) / 16 for start in (top, left)]
         numbers = torch.tensor([brightness, saturation, contrast, *place, *hole]).view(1, 7, 1, 1, 1)
-        monkeypatch.setattr(common, "rand", lambda *_, **__: numbers)
-        return dcgan.diff_augment(images)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *_, **__: numbers)
+            return dcgan.diff_augment(images)
 
     away = dict(top=99, left=99)
     still = dict(brightness=0.5, saturation=0.5, contrast=0.5, down=0, across=0)
@@ -243,35 +211,16 @@ def test_each_augmentation_does_what_the_paper_says(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------ sampling and averaging
-
-
 @pytest.mark.parametrize("changes", [{}, dict(ema=0.9), dict(preset="banerjee")])
-def test_a_sample_does_not_depend_on_its_batch_mates(changes):
+def test_a_sample_depends_on_its_latent_alone_and_changes_no_network(changes):
     _, networks, _, _ = trained(steps=2, **changes)
+    before = {key: value.clone() for key, value in networks["generator"].state_dict().items()}
     latents = torch.randn(16, 100)
     together = dcgan.generate(networks, latents)
     alone = torch.cat([dcgan.generate(networks, latent[None]) for latent in latents])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
     assert together.shape == (16, 1, 28, 28) and together.min() >= 0 and together.max() <= 1
-
-
-def test_drawing_pictures_leaves_the_batch_statistics_alone():
-    _, networks, _, _ = trained(steps=2)
-    before = {key: value.clone() for key, value in networks["generator"].state_dict().items()}
-    dcgan.generate(networks, torch.randn(8, 100))
     assert all(torch.equal(value, before[key]) for key, value in networks["generator"].state_dict().items())
-
-
-def test_batch_statistics_are_those_of_the_generators_own_batches():
-    """After many steps at a rate near 0 the running mean and variance are those of a large batch, also in bfloat16."""
-    args, networks, _, step = trained(autocast=BF16, lr=1e-12, features=8)
-    layers = networks["generator"]
-    layers[2].momentum = None  # the mean of all batches: fewer are enough
-    for _ in range(8):
-        step(noise(32, args))
-    inputs = layers[1](layers[0](torch.randn(500, 100)))  # what the first batch norm sees
-    torch.testing.assert_close(layers[2].running_mean, inputs.mean((0, 2, 3)), atol=0.02, rtol=0)
-    torch.testing.assert_close(layers[2].running_var, inputs.var((0, 2, 3)), rtol=0.2, atol=0)
 
 
 def test_the_average_follows_weights_and_batch_statistics():
@@ -317,15 +266,3 @@ def test_a_run_on_a_folder_keeps_its_average_and_draws_from_it(trainings, tmp_pa
     )
     drawn = sorted((tmp_path / "drawn").iterdir())
     assert len(drawn) == 7 and Image.open(drawn[0]).size == (32, 32) and Image.open(drawn[0]).mode == "RGB"
-
-
-def test_the_presets_are_the_reports():
-    digits = dcgan.parse_args([])
-    assert (digits.epochs, digits.batch_size, digits.lr, digits.beta1) == (100, 128, 3e-4, 0.5)
-    assert (digits.latent_size, digits.image_size, digits.augment, digits.ema) == (100, 28, "none", 0)
-    anime = dcgan.parse_args(["--dataset", "anime"])
-    assert (anime.epochs, anime.batch_size, anime.lr, anime.beta1) == (50, 128, 2e-4, 0.5)
-    assert (anime.latent_size, anime.features, anime.image_size, anime.seed) == (100, 64, 64, 999)
-    assert (anime.augment, anime.ema) == ("flip", 0)
-    banerjee = dcgan.parse_args(["--preset", "banerjee"])
-    assert (banerjee.epochs, banerjee.batch_size, banerjee.lr) == (100, 128, 2e-4)

@@ -1,8 +1,6 @@
 """The face detector against brute force on a made-up cascade, and on real pictures under DATA_DIR."""
 
-import os
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +18,6 @@ def cascade(tmp_path):
     features = [
         (chance.randrange(3), chance.randrange(3), chance.randint(1, 2), chance.randint(1, 2)) for _ in range(9)
     ]
-    features[0] = (0, 0, 1, 1)
-    features = [(x, y, w if x + 3 * w <= WINDOW else 1, h if y + 3 * h <= WINDOW else 1) for x, y, w, h in features]
     stages = []
     for count, threshold in ((2, -0.4), (3, -0.5), (4, 0.0)):
         stumps = []
@@ -85,14 +81,12 @@ def test_windows_equal_brute_force(cascade):
     assert 0.02 * looked_at < len(found) < 0.9 * looked_at
 
 
-def test_small_images_have_no_windows(cascade):
-    loaded = crawl_anime.read_cascade(cascade[0])
-    assert crawl_anime.find_windows(torch.zeros(7, 30, dtype=torch.int32), loaded, 8).tolist() == []
-    assert crawl_anime.find_faces(Image.new("RGB", (1, 1)), loaded, 8, 5) == []
-    assert crawl_anime.find_faces(Image.new("RGB", (8, 8), "red"), loaded, 8, 5) == []
+def test_small_images_have_no_faces(cascade):
+    for image in (Image.new("RGB", (1, 1)), Image.new("RGB", (7, 30)), Image.new("RGB", (8, 8), "red")):
+        assert crawl_anime.find_faces(image, crawl_anime.read_cascade(cascade[0]), 8, 5) == []
 
 
-@pytest.mark.parametrize("source, target", [(10, 7), (10, 10), (7, 3), (24, 23), (3, 1)])
+@pytest.mark.parametrize("source, target", [(10, 7), (10, 10), (24, 23), (3, 1)])
 def test_shrinking_is_bilinear_in_integers(source, target):
     chance = random.Random(source)
     row = [chance.randrange(256) for _ in range(source)]
@@ -113,11 +107,10 @@ def test_equalizing():
     assert crawl_anime.equalize(torch.full((2, 2), 7, dtype=torch.int32)).tolist() == [[7, 7], [7, 7]]
 
 
-def merged(windows: list, neighbours: int = 5) -> list:
-    return crawl_anime.merge(torch.tensor(windows, dtype=torch.int32).view(-1, 3), neighbours)
-
-
 def test_merging():
+    def merged(windows: list, neighbours: int = 5) -> list:
+        return crawl_anime.merge(torch.tensor(windows, dtype=torch.int32).view(-1, 3), neighbours)
+
     face = [(10, 10, 20), (11, 10, 20), (10, 11, 20), (11, 11, 21), (9, 10, 20), (10, 9, 19)]
     assert merged(face) == [(10, 10, 20)]
     assert merged(face[:5]) == []  # five are too few
@@ -131,9 +124,7 @@ def test_merging():
     assert merged([]) == []
 
 
-@pytest.mark.parametrize(
-    "text", ["", "no xml", "<a/>", "<a><cascade/></a>", "<a><cascade><stages><_/></stages></cascade></a>"]
-)
+@pytest.mark.parametrize("text", ["", "<a/>", "<a><cascade><stages><_/></stages></cascade></a>"])
 def test_a_file_that_is_no_cascade(tmp_path, text):
     path = tmp_path / "cascade.xml"
     path.write_text(text)
@@ -149,7 +140,7 @@ OPENCV = {
     "books_Java_Kurumizawa_Satanichia_JavaFx_8_Intro_by_Example.png": [(51, 96, 288)],
     "cc_rin_1.png": [],
     "cc_lovino_1.jpg": [(192, 196, 248)],
-}  # fmt: skip
+}
 
 
 def overlap(a, b) -> float:
@@ -159,14 +150,11 @@ def overlap(a, b) -> float:
     return common / (a[2] ** 2 + b[2] ** 2 - common)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.full) if name.startswith("books") else name for name in OPENCV]
-)
-def test_real_faces_as_opencv_finds_them(name):
-    data = Path(os.environ.get("DATA_DIR") or "nowhere")
-    if not (data / "illustrations" / name).exists():
-        pytest.skip("DATA_DIR names no folder with illustrations")
-    image = crawl_anime.decode(data / "illustrations" / name)
-    found = crawl_anime.find_faces(image, crawl_anime.read_cascade(str(data / "lbpcascade_animeface.xml")), 48, 5)
+@pytest.mark.parametrize("name", OPENCV)
+def test_real_faces_as_opencv_finds_them(name, real_data):
+    if not (real_data / "illustrations" / name).exists():
+        pytest.skip("DATA_DIR has no illustrations")
+    image = crawl_anime.decode(real_data / "illustrations" / name)
+    found = crawl_anime.find_faces(image, crawl_anime.read_cascade(str(real_data / "lbpcascade_animeface.xml")), 48, 5)
     assert len(found) == len(OPENCV[name])
     assert all(max(overlap(face, other) for other in found) > 0.8 for face in OPENCV[name])

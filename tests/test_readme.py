@@ -9,7 +9,7 @@ import pytest
 
 import common
 import compare
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SCRIPTS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.S)
@@ -18,19 +18,7 @@ LINES = [line.split("  #")[0].strip() for _, code in BLOCKS for line in code.spl
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
 COMMANDS = [line for line in LINES + INLINE if re.search(r"(\bpython|\buv run|\btorchrun|%run)\b.*\b\w+\.py", line)]
 COMMANDS += [f"gan.py {shlex.join(json.loads(words))}" for words in re.findall(r"main\((\[.*?\])\)", README)]
-OF_A_TRAINED_RUN = {"--resume": 0, "--evaluate": 0, "--sample": 1, "--to": 1, "--label": 1}  # option: its words
-
-
-def of_the_training(words: list[str]) -> list[str]:
-    """The options that a run was trained with, of a command that resumes it or draws from it."""
-    kept, rest = [], iter(words)
-    for word in rest:
-        if word in OF_A_TRAINED_RUN:
-            for _ in range(OF_A_TRAINED_RUN[word]):
-                next(rest)
-        else:
-            kept.append(word)
-    return kept
+OF_A_TRAINED_RUN = r"--(resume|evaluate|(sample|to|label)[= ]\S+)"  # options of no training
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -44,8 +32,9 @@ def test_every_command_parses(command, tmp_path, monkeypatch):
     module = importlib.import_module(script.removesuffix(".py"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
-    if OF_A_TRAINED_RUN.keys() & set(options) and script in ("gan.py", "dcgan.py", "vae.py", "cvaegan.py"):
-        trained = common.run_options(module.parse_args(of_the_training(options)))
+    of_the_training = shlex.split(re.sub(OF_A_TRAINED_RUN, "", shlex.join(options)))
+    if of_the_training != options and script.removesuffix(".py") in SCRIPTS:
+        trained = common.run_options(module.parse_args(of_the_training))
         monkeypatch.setattr(common, "load_checkpoint", lambda *_: {"options": trained})
         assert module.parse_args(options).checkpoint["options"] == trained
     else:

@@ -1,11 +1,10 @@
 """vae.py: networks, losses, bounds, the step, evaluation, pictures."""
 
-import csv
 from argparse import Namespace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ImageColor
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import common
@@ -47,13 +46,13 @@ def test_networks_are_the_reports(preset, encoder, decoder):
 
 
 def test_layers_of_the_convolutional_preset():
-    networks = make("banerjee-conv")[1]
-    kinds = {name: [type(layer).__name__ for layer in network] for name, network in networks.items()}
-    assert kinds["encoder"] == [*["Conv2d", "LeakyReLU", "Dropout2d"] * 4, "Flatten", "Linear"]
-    assert kinds["decoder"] == ["Linear", "Unflatten", *["ConvTranspose2d", "ReLU"] * 3, "ConvTranspose2d"]
+    encoder, decoder = make("banerjee-conv")[1].values()
+    kinds = [[type(layer).__name__ for layer in network] for network in (encoder, decoder)]
+    assert kinds[0] == [*["Conv2d", "LeakyReLU", "Dropout2d"] * 4, "Flatten", "Linear"]
+    assert kinds[1] == ["Linear", "Unflatten", *["ConvTranspose2d", "ReLU"] * 3, "ConvTranspose2d"]
     x, sides = torch.rand(1, 1, 28, 28), []
-    for layer in [*networks["encoder"], torch.nn.Identity(), *networks["decoder"]]:
-        x = x[:, :16] if isinstance(layer, torch.nn.Identity) else layer(x)
+    for layer in [*encoder, lambda both: both[:, :16], *decoder]:
+        x = layer(x)
         sides += [tuple(x.shape[1:])] if "Conv" in type(layer).__name__ else []
     up = [(128, 14, 14), (64, 14, 14), (32, 14, 14), (1, 28, 28)]
     assert sides == [(32, 14, 14), (64, 14, 14), (128, 14, 14), (256, 7, 7), *up]
@@ -71,7 +70,6 @@ def test_losses_are_those_of_torch_distributions():
     mu, logvar = torch.randn(6, 16), torch.randn(6, 16)
     expected = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(1)
     torch.testing.assert_close(vae.kl_divergence(mu, logvar), expected)
-    assert vae.kl_divergence(torch.zeros(1, 2), torch.zeros(1, 2)) == 0
 
 
 def test_log_weights_are_those_of_torch_distributions():
@@ -92,51 +90,33 @@ def test_log_weights_are_those_of_torch_distributions():
 
 def test_bounds_close_in_on_the_exact_likelihood():
     """One latent, so that log p(x) can be integrated: ELBO < bound of few samples < of many < log p(x)."""
-    _, networks, _ = make(latent_size=1)
-    encoder, decoder = networks["encoder"], networks["decoder"]
+    encoder, decoder = make(latent_size=1)[1].values()
     with torch.no_grad():  # a decoder that makes much of its latent, so that the bounds are apart
         for parameter in decoder.parameters():
             parameter *= 3
     images = some_images(8)
     z = torch.linspace(-8, 8, 2001)[:, None]
     with torch.no_grad():
-        log_joint = Normal(0.0, 1.0).log_prob(z) - torch.stack(
-            [vae.reconstruction_loss(decoder(z), (image / 255).expand(len(z), 1, 28, 28)) for image in images], dim=1
-        )
+        losses = [vae.reconstruction_loss(decoder(z), (image / 255).expand(2001, 1, 28, 28)) for image in images]
+    log_joint = Normal(0.0, 1.0).log_prob(z) - torch.stack(losses, dim=1)
     exact = (log_joint.double().logsumexp(0) + torch.tensor(16 / 2000).log()).mean().item()
     torch.manual_seed(0)
     few, many = (vae.bounds(encoder, decoder, images, samples) for samples in (5, 1000))
     elbo, loose, tight = few["ELBO [nats]"], *(found["importance-weighted bound [nats]"] for found in (few, many))
-    assert elbo < loose - 0.5 and loose < tight - 0.5 and tight < exact + 0.1
-    assert abs(tight - exact) < 0.5
+    assert elbo < loose - 0.5 < tight - 1 and exact - 0.5 < tight < exact + 0.1
     one = vae.bounds(encoder, decoder, images, 1)
     assert one["ELBO [nats]"] == pytest.approx(one["importance-weighted bound [nats]"])
 
 
-def test_bound_is_never_below_the_elbo():
-    _, networks, _ = make()
-    weights = vae.log_weights(networks["encoder"], networks["decoder"], some_images(50) / 255, samples=10)
-    assert (weights.logsumexp(1) - torch.tensor(10.0).log() >= weights.mean(1)).all()
-
-
 def test_measured_elbo_is_the_evaluated_one():
     """The log's loss (analytic KL, one latent) and --evaluate's ELBO (500 latents) estimate the same figure."""
-    _, networks, _ = make()
-    images = some_images(100)
-    loss = vae.measure(networks["encoder"], networks["decoder"], images)["test loss [nats]"]
-    elbo = vae.bounds(networks["encoder"], networks["decoder"], images, 50)["ELBO [nats]"]
+    networks, images = make()[1].values(), some_images(100)
+    loss = vae.measure(*networks, images)["test loss [nats]"]
+    elbo = vae.bounds(*networks, images, 50)["ELBO [nats]"]
     assert loss == pytest.approx(-elbo, rel=1e-3)
 
 
-def test_gradient_reaches_the_encoder_through_the_latents():
-    _, networks, _ = make()
-    images = some_images(4) / 255
-    mu, logvar = vae.encode(networks["encoder"], images)
-    logits = networks["decoder"](vae.reparameterize(mu, logvar, torch.randn_like(mu)))
-    loss = vae.reconstruction_loss(logits, images).mean()  # no KL: through the latents alone
-    found = torch.autograd.grad(loss, [mu, logvar, *networks["encoder"].parameters()])
-    assert all(gradient.abs().sum() > 0 for gradient in found)
-
+def test_gradient_goes_through_the_latents():
     mu, logvar = torch.tensor([[0.7]], requires_grad=True), torch.tensor([[-0.4]], requires_grad=True)
     square = vae.reparameterize(mu, logvar, torch.randn(100_000, 1)).square().mean()
     by_mu, by_logvar = torch.autograd.grad(square, [mu, logvar])  # E z^2 = mu^2 + exp(logvar)
@@ -157,51 +137,29 @@ def test_step_equals_the_textbook_step(preset, beta):
     pictures = torch.sigmoid(decoder(mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)))
     reconstruction = torch.nn.functional.binary_cross_entropy(pictures, images / 255, reduction="sum") / 8
     divergence = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp()) / 8
-    optimizer.zero_grad()
     (reconstruction + beta * divergence).backward()
     optimizer.step()
     torch.testing.assert_close(losses["train reconstruction [nats]"], reconstruction.detach())
     torch.testing.assert_close(losses["train KL [nats]"], divergence.detach())
     torch.testing.assert_close(losses["train loss [nats]"], (reconstruction + divergence).detach())  # beta or not
-    for ours, theirs in zip(
-        [*networks["encoder"].parameters(), *networks["decoder"].parameters()], optimizer.param_groups[0]["params"]
-    ):
+    for ours, theirs in zip(*(adam.param_groups[0]["params"] for adam in (optimizers["adam"], optimizer))):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
-def test_beta_weighs_the_divergence_in_training_only():
-    after = {}
-    for beta in (0.0, 20.0):
-        args, networks, optimizers = make(beta=beta, lr=1e-3)
-        step, images = vae.make_step(args, CPU, FP32, networks, optimizers), some_images(64)
-        torch.manual_seed(1)
-        after[beta] = [step(images) for _ in range(20)]
-        torch.manual_seed(2)
-        measured = vae.measure(networks["encoder"], networks["decoder"], images)
-        parts = measured["test reconstruction [nats]"] + measured["test KL [nats]"]
-        assert measured["test loss [nats]"] == pytest.approx(parts)
-    assert after[0.0][0] == after[20.0][0]  # the first step's losses know nothing of beta
-    assert after[20.0][-1]["train KL [nats]"] < after[0.0][-1]["train KL [nats]"] / 2
-
-
-def test_evaluating_has_no_dropout_and_repeats_itself():
-    _, networks, _ = make("banerjee-conv")
-    encoder, decoder, images = networks["encoder"], networks["decoder"], some_images(8)
-    found = []
-    for training in (True, False):
-        encoder.train(training), decoder.train(training)
-        torch.manual_seed(0)
-        found.append(vae.measure(encoder, decoder, images))
-        encoder.train(training), decoder.train(training)
-        torch.manual_seed(0)
-        found.append(vae.bounds(encoder, decoder, images, 3))
-        decoder.train(training)
-        found.append(vae.decode(decoder, torch.ones(2, 16)))
-        encoder.train(training)
-        found.append(vae.draw_reconstructions(encoder, decoder, images))
-    assert found[0] == found[4] and found[1] == found[5]
-    assert torch.equal(found[2], found[6]) and torch.equal(found[3], found[7])
-    assert 0 <= found[2].min() <= found[2].max() <= 1
+def test_evaluating_has_no_dropout():
+    encoder, decoder = make("banerjee-conv")[1].values()
+    images = some_images(8)
+    for evaluate in (
+        lambda: vae.measure(encoder, decoder, images),
+        lambda: vae.bounds(encoder, decoder, images, 3),
+        lambda: vae.draw_reconstructions(encoder, decoder, images).tolist(),
+    ):
+        found = []
+        for training in (True, False):
+            encoder.train(training), decoder.train(training)
+            torch.manual_seed(0)
+            found.append(evaluate())
+        assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("preset", vae.PRESETS)
@@ -210,13 +168,10 @@ def test_training_leaves_its_pictures_and_losses(preset, trainings):
     names = {path.name for path in run.iterdir()}
     assert {"reconstructions.png", "latent.png", "losses.png", "samples"} <= names
     assert ("manifold.png" in names) == (preset == "guo")
-    with open(run / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2
-    for row in rows:
+    for row in common.load_checkpoint(run)["history"]:
         for split in ("train", "test"):
-            parts = [float(row[f"{split} {name} [nats]"]) for name in ("loss", "reconstruction", "KL")]
-            assert parts[0] == pytest.approx(parts[1] + parts[2], rel=1e-5)
+            loss, *parts = (row[f"{split} {name} [nats]"] for name in ("loss", "reconstruction", "KL"))
+            assert loss == pytest.approx(sum(parts), rel=1e-5)
 
 
 def test_evaluate_prints_the_two_bounds_of_a_run(trainings, capsys):
@@ -244,16 +199,11 @@ def test_manifold_goes_right_with_the_first_latent_and_up_with_the_second():
 
 @pytest.mark.parametrize("latent_size", [2, 16])
 def test_latent_map_shows_every_class(latent_size):
-    _, networks, _ = make(latent_size=latent_size)
+    encoder = make(latent_size=latent_size)[1]["encoder"]
     labels = torch.arange(200) % 10
-    picture = vae.draw_latent_map(networks["encoder"], some_images(200), labels)
-    assert isinstance(picture, Image.Image)
+    picture = vae.draw_latent_map(encoder, some_images(200), labels)
     colours = {colour for _, colour in picture.getcolors(1 << 24)}
-    assert {tuple(bytes.fromhex(colour[1:])) for colour in common.COLOURS} <= colours
-
-
-def test_latent_map_of_a_collapsed_encoder():
-    _, networks, _ = make()
-    for parameter in networks["encoder"].parameters():
+    assert {ImageColor.getrgb(colour) for colour in common.COLOURS} <= colours
+    for parameter in encoder.parameters():
         torch.nn.init.zeros_(parameter)
-    vae.draw_latent_map(networks["encoder"], some_images(10), torch.arange(10))
+    vae.draw_latent_map(encoder, some_images(200), labels)  # all in one place
