@@ -136,7 +136,8 @@ class Progress:
         if done and self.is_due():
             rate = done / (time.monotonic() - self.start)
             line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second"
-            show_line(f"{line}, {self.time_left(done)} left {text}", "" if on_terminal() else "\n")
+            line = f"{line}, {self.time_left(done)} left {text}".rstrip()
+            show_line(line, "" if on_terminal() else "\n")
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -365,7 +366,8 @@ class GraphedStep:
                 with torch.cuda.graph(self.graph, stream=self.stream):
                     self.losses = self.run(self.batch)
             except RuntimeError as error:
-                raise UserError(f"a step can't be captured ({one_line(error)}): set CUDA_GRAPH=0") from error
+                way_out = "set CUDA_GRAPH=0, or take a smaller --batch-size"
+                raise UserError(f"a step can't be captured ({one_line(error)}): {way_out}") from error
         for own, part in zip(self.batch, batch):
             own.copy_(part)
         self.graph.replay()
