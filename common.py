@@ -104,12 +104,12 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def show_line(line: str, end: str = "\n") -> None:
-    """Print a line, in process 0 alone; on a terminal it replaces an unfinished one, cut to fit."""
+def show_line(line: str, unfinished: bool = False) -> None:
+    """Print a line, in process 0 alone. The next one replaces an unfinished one on a terminal."""
     if on_terminal():
-        line = "\r" + (line if end else line[: shutil.get_terminal_size().columns - 1]) + "\x1b[K"
+        line = "\r" + (line[: shutil.get_terminal_size().columns - 1] if unfinished else line) + "\x1b[K"
     if rank() == 0:
-        print(line, end=end, flush=True)
+        print(line, end="" if unfinished and on_terminal() else "\n", flush=True)
 
 
 class Progress:
@@ -132,12 +132,10 @@ class Progress:
         return str(timedelta(seconds=round(seconds)))
 
     def update(self, done: int, text: str = "") -> None:
-        """Tell how many parts are done."""
+        """Tell how many parts are done, and more in `text`."""
         if done and self.is_due():
-            rate = done / (time.monotonic() - self.start)
-            line = f"{done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second"
-            line = f"{line}, {self.time_left(done)} left {text}".rstrip()
-            show_line(line, "" if on_terminal() else "\n")
+            line = f"{done:,} of {self.total:,} {self.unit}, {self.time_left(done)} left {text}"
+            show_line(line.rstrip(), unfinished=True)
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -229,7 +227,7 @@ def reporting_errors(program: str) -> Iterator[None]:
         if dist.is_initialized():
             dist.destroy_process_group()
     if on_terminal():
-        show_line("", end="")  # off the unfinished progress line
+        show_line("", unfinished=True)  # off the unfinished progress line
     program += f" (process {rank()})" if rank() else ""
     print(f"{program}: {' '.join(told.splitlines())}", file=sys.stderr, flush=True)
     raise SystemExit(status)
@@ -279,8 +277,7 @@ def choose_autocast(args: argparse.Namespace, device: torch.device) -> torch.aut
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name += f", {processes()} processes" if processes() > 1 else ""
-    note = "native" if native else "not native"
-    show_line(f"{args.script}: device {name}; precision {precision} (bf16 is {note} here)")
+    show_line(f"{args.script}: device {name}; precision {precision} (bf16 native here: {native})")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -774,15 +771,15 @@ class Run:
         self.names = list(losses)
         self.losses.append(torch.stack([loss.detach() for loss in losses.values()]))
         if rank() == 0 and self.progress.is_due():
-            self.show(dict(zip(self.names, self.losses[-1].tolist())), "" if on_terminal() else "\n")
+            self.show(dict(zip(self.names, self.losses[-1].tolist())), unfinished=True)
 
-    def show(self, figures: dict[str, float], end: str = "\n") -> None:
+    def show(self, figures: dict[str, float], unfinished: bool = False) -> None:
         """The line of an epoch, at its end or before."""
         epoch, total = len(self.history) + 1, self.args.epochs
         left = self.progress.time_left((epoch - 1 - self.first) * self.steps + len(self.losses))
         rate = len(self.losses) * self.args.batch_size / (time.perf_counter() - self.started)
         shown = "  ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in figures.items())
-        show_line(f"epoch {epoch:>{len(str(total))}}/{total}  {left} left  {rate:,.0f} images/s  {shown}", end)
+        show_line(f"epoch {epoch:>{len(str(total))}}/{total}  {left} left  {rate:,.0f} images/s  {shown}", unfinished)
 
     def end_epoch(self, figures: dict[str, float] | None = None) -> None:
         """Keep the epoch's mean losses and more `figures`. UserError if a loss is not finite."""
@@ -849,15 +846,14 @@ class Run:
         """The four-panel figure, the animation, and the last line."""
         self.save_log()  # a kill may have left it behind the checkpoint
         total, pictures, figure = self.args.epochs, {}, self.folder / "progress.png"
-        quarters = {max(1, round(total * part / 4)) for part in (1, 2, 3, 4)}
-        moments = {1 + round(i * (total - 1) / 39) for i in range(40)}
-        for epoch in sorted(quarters | moments):
+        for moment in range(41):
+            epoch = max(1, round(moment * total / 40))
             with contextlib.suppress(Exception):  # deleted, or damaged in a power cut
                 with Image.open(self.folder / f"samples/epoch-{epoch:04}.png") as picture:
                     pictures[epoch] = picture.copy()
-        panels = [(f"Epoch {epoch}", picture) for epoch, picture in pictures.items() if epoch in quarters]
-        if panels:
-            self.save_picture("progress.png", label_panels(panels))
+        quarters = sorted({max(1, round(part * total / 4)) for part in (1, 2, 3, 4)} & pictures.keys())
+        if quarters:
+            self.save_picture("progress.png", label_panels([(f"Epoch {epoch}", pictures[epoch]) for epoch in quarters]))
             self.save_picture("progress.gif", list(pictures.values()), write_gif)
         show_line(f"{self.args.script}: done, pictures in {self.folder}: look at {figure}")
 
