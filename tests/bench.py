@@ -4,83 +4,39 @@
     python tests/bench.py --data-dir data gan-guo         # some of them
     python tests/bench.py --data-dir data --device cuda   # by CUDA graphs; the conventional loop on the same card
     python tests/bench.py --scaling                       # how seconds grow with batch, image, data and processes
-    python tests/bench.py --busy                          # what threads cost on a busy machine: four minutes
 
 The first table has images per second of both (the best of several rounds, data path included), the ratio, the ratio
 that is asked for on a CPU, and the share of our step spent outside matrix products and convolutions. Status 1 says
 that a ratio is too low. Figures mean something only on an idle machine.
 
 The conventional loop (tests/conventional.py) is a torchvision data set through a DataLoader, sigmoid and BCELoss, fresh
-noise for each player, `.item()` every step, plain Adam, float32. AMD EPYC (Zen 4), 2 cores, torch 2.15, bfloat16:
+noise for each player, `.item()` every step, plain Adam, float32. Ratios on four idle machines of 2 cores; the AMX and
+Zen 4 ones in bfloat16, the others, which lack it, in float32 (torch 2.14.1; Zen 4: 2.15):
 
-    torch 2.15.0+cu132, 2 threads
-    training                 batch      ours  convent.  ratio  asked  outside
-                                    images/s  images/s               products
-    gan-guo                    100    25,304     6,151   4.11    2.8      49%
-    gan-banerjee               128    14,122     4,556   3.10    1.0      51%
-    dcgan-guo-anime            128       139        62   2.24    2.5       4%
-    dcgan-banerjee             128       413       209   1.98    1.7      10%
-    vae-guo                    128    41,815    11,527   3.63    2.5      54%
-    vae-banerjee-linear         64    15,943     6,707   2.38    1.8      52%
-    vae-banerjee-conv          128       713       445   1.60    1.5       9%
-    cvaegan                    128     2,317       661   3.50    2.0      27%
+    training             batch  asked  Xeon with AMX  EPYC Zen 4  Xeon Ice Lake  EPYC Zen 3
+    gan-guo                100    2.8           3.35        4.11           3.47        3.72
+    gan-banerjee           128    1.0           2.68        3.10           2.96        2.81
+    dcgan-guo              128    2.2           2.86                                   1.77
+    dcgan-guo-anime        128    2.5           3.32        2.24           1.52
+    dcgan-banerjee         128    1.7           3.51        1.98           1.46        1.35
+    vae-guo                128    2.5           3.12        3.63           3.91        5.18
+    vae-banerjee-linear     64    1.8           1.95        2.38           2.36        2.89
+    vae-banerjee-conv      128    1.5           2.69        1.60           1.29        1.13
+    cvaegan                128    2.0           4.32        3.50           3.02        3.36
 
-The faces miss their mark: all but 4 % of that step is convolutions, near the processor's peak but for their weight
-gradients. What pays: images in memory as bytes, one pass of the generator for both players, gradients of one player at
-a time, losses on logits, the fused optimizer, channels-last convolutions, bfloat16. What does not: `torch.compile` of
-the networks made steps 2 to 20 % slower here (gan.py, vae.py, dcgan.py on digits), before counting the 5 to 25 seconds
-that it takes.
+Where convolutions are nearly all of a step, a processor without bfloat16 gains little: the faces take 2.27 GFLOP an
+image against 2.48 (torch's own count), and ran at 166 GFLOP/s on the Ice Lake, where a product of matrices ran at 150.
 
-A processor without bfloat16 gains less where convolutions are all there is. Intel Xeon (Ice Lake, 2.8 GHz), 2 cores,
-torch 2.14.1, float32:
+What pays: images in memory as bytes, one pass of the generator for both players, gradients of one player at a time,
+losses on logits, the fused optimizer, channels-last convolutions, bfloat16. What does not: `torch.compile` of the
+networks made steps 2 to 20 % slower (gan.py, vae.py, dcgan.py on digits), before the 5 to 25 seconds that it takes.
 
-    gan-guo                    100    12,036     3,465   3.47    2.8      48%
-    gan-banerjee               128     5,450     1,841   2.96    1.0      58%
-    dcgan-guo-anime            128        73        48   1.52    2.5       1%
-    dcgan-banerjee             128       223       153   1.46    1.7      10%
-    vae-guo                    128    26,499     6,772   3.91    2.5      69%
-    vae-banerjee-linear         64     8,381     3,559   2.36    1.8      65%
-    vae-banerjee-conv          128       427       332   1.29    1.5       9%
-    cvaegan                    128     1,328       440   3.02    2.0      27%
-
-AMD EPYC (Zen 3), 2 cores, torch 2.14.1, float32, `--seconds 6`; the digits' dcgan-guo was timed here alone, the faces
-were not:
-
-    gan-guo                    100    13,399     3,603   3.72    2.8      32%
-    gan-banerjee               128     8,804     3,137   2.81    1.0      37%
-    dcgan-guo                  128     1,599       902   1.77    2.2      15%
-    dcgan-banerjee             128       197       146   1.35    1.7      10%
-    vae-guo                    128    36,075     6,962   5.18    2.5      52%
-    vae-banerjee-linear         64    13,515     4,683   2.89    1.8      50%
-    vae-banerjee-conv          128       348       308   1.13    1.5       9%
-    cvaegan                    128     1,847       551   3.36    2.0      24%
-
-A step of the faces takes 2.27 GFLOP an image, the conventional one 2.48 (torch's own count). 73 images a second are 166
-GFLOP/s, and a product of 4096x4096 matrices reached 150 there: in float32 nothing near 2.5 times can be had. That
-machine's speed varies by a third from minute to minute. The share outside products is the median of five rounds; in the
-first table one profile was set against the best step, which gives lower figures.
-
---scaling on the first machine:
+--scaling on the Zen 4:
 
     batch of gan.py: 25, 100, 800                                        136, 51, 24 microseconds an image
     side of dcgan.py's images, batch 32: 32, 64, 128                     1.9, 8.2, 38 ms an image
     images in a mapped cache, in memory: 10 thousand, 100 thousand, 1 million      0.8, 0.8, 3.2 microseconds an image
     processes of one thread, gan.py --preset banerjee, batch 1,024: 1, 2           13,484, 19,305 images/s
-
---busy on two cores of an AMD EPYC (Zen 3), torch 2.14.1, milliseconds a step. Threads of OpenMP spin at every barrier,
-so that one other busy process costs not half of two cores but two thirds and more:
-
-                                                         gan-guo   vae-guo   cvaegan dcgan-guo
-    idle, as started                                         6.3       3.9      73.3      83.9
-    idle, OMP_WAIT_POLICY=PASSIVE                            7.1       4.5      77.9      88.4
-    idle, OMP_NUM_THREADS=1                                  9.3       5.4     119.7     153.5
-    beside one busy process, as started                     17.5      14.1     206.6     269.6
-    beside one busy process, OMP_WAIT_POLICY=PASSIVE        10.5       6.4     122.2     160.1
-    beside one busy process, OMP_NUM_THREADS=1               8.3       5.0     117.8     144.1
-
-No setting is both within 5 % on an idle machine and within 1.3 times of one thread on a busy one, for all four. Nearest
-is GOMP_SPINCOUNT=300, with the same bits: idle 5.9, 3.5 and 81.5 where as started gave 5.5, 3.4 and 80.2 just before;
-busy 11.1, 7.0 and 166 where one thread gave 8.7, 5.2 and 153. With 1,000 busy took 13.3, with 100 idle took 6.6.
 
 Nothing here has been measured on a GPU yet.
 """
@@ -125,12 +81,6 @@ TRAININGS = {
     "cvaegan": Training("cvaegan", "", 2.0),
 }
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "conv2d", "conv_transpose", "slow_conv", "linear_backward")
-BUSY = ("gan-guo", "vae-guo", "cvaegan", "dcgan-guo")
-THREADS = {
-    "as started": {},
-    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
-}
 
 
 def make_step(script, args: argparse.Namespace, device: torch.device):
@@ -219,39 +169,6 @@ def step_seconds(script: str, options: str, device: torch.device, size: int = 28
     return compare({"": random_steps(script, options, size, device)}, seconds, device)[""]
 
 
-def print_mean_milliseconds(script: str, options: str, seconds: float) -> None:
-    """Milliseconds a step on the CPU, over all of the time: a busy machine's best moment says nothing."""
-    device = torch.device("cpu")
-    steps = random_steps(script, options, 28, device)
-    seconds_of(steps, 3, device)
-    count = max(3, round(seconds / (seconds_of(steps, 3, device) / 3)))
-    print(seconds_of(steps, count, device) / count * 1e3)
-
-
-def print_busy_rows(place: str, seconds: float) -> None:
-    """A row for each setting of the threads, each cell in a process of its own: OpenMP reads them when it starts."""
-    for title, settings in THREADS.items():
-        print(f"{place}, {title}".ljust(50), end="")
-        for name in BUSY:
-            arguments = (TRAININGS[name].script, TRAININGS[name].options, seconds)
-            command = [sys.executable, "-c", f"import tests.bench as b; b.print_mean_milliseconds{arguments}"]
-            root = Path(common.__file__).parent
-            told = subprocess.check_output(command, cwd=root, env=os.environ | settings, text=True)
-            print(f"{float(told):>10.1f}", end="", flush=True)
-        print()
-
-
-def busy(seconds: float) -> None:
-    """Prints what threads cost while another process works."""
-    print("milliseconds a step".ljust(50) + "".join(f"{name:>10}" for name in BUSY))
-    print_busy_rows("idle", seconds)
-    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        print_busy_rows("beside one busy process", seconds)
-    finally:
-        other.kill()
-
-
 def process_rate(count: int) -> float:
     """Images a second of `gan.py --preset banerjee` on digits with so many processes of one thread each."""
     options = "--preset banerjee --dataset digits --epochs 2 --batch-size 1024 --device cpu --out-dir run"
@@ -297,12 +214,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"trainings to time, of {', '.join(TRAININGS)} (all)")
     parser.add_argument("--data-dir", default="data", help="folder with MNIST/raw and anime (data)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA, if any (auto)")
-    parser.add_argument("--seconds", type=float, help="time for each training, in seconds (36; --busy: 5)")
+    parser.add_argument("--seconds", type=float, default=36.0, help="time for each training, in seconds (36)")
     parser.add_argument("--scaling", action="store_true", help="print the second table instead")
-    parser.add_argument("--busy", action="store_true", help="print the third table instead")
     options = parser.parse_args()
-    if options.busy:
-        return busy(options.seconds or 5.0)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     device = common.choose_device(options)
@@ -326,7 +240,7 @@ def main() -> None:
         step = common.capture(make_step(script, args, device), device)
         conventional_steps = getattr(conventional, training.script)(args, device)
         steps = {"ours": ours(args, data, step, device), "conventional": conventional_steps}
-        best = compare(steps, options.seconds or 36.0, device)
+        best = compare(steps, options.seconds, device)
         ratio = best["conventional"] / best["ours"]
         eager = ours(args, data, make_step(script, args, device), device) if on_cuda else steps["ours"]
         outside = share_outside_products(steps["ours"], eager, max(2, round(0.15 / best["ours"])), device)
