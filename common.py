@@ -1,7 +1,7 @@
 """Data and device helpers for the four scripts, and what a run leaves on the disk; no model.
 
-In reading order: errors and files, the command line, device and processes, optimizer steps, data,
-pictures, a run's folder, sampling. Images are uint8 (N, C, H, W) until a training step uses them.
+In reading order: errors and files, the command line, devices, optimizer steps, data, pictures, a
+run's folder, sampling. Images are uint8 (N, C, H, W) until a training step uses them.
 """
 
 import argparse
@@ -127,7 +127,6 @@ class Progress:
         return due
 
     def time_left(self, done: int) -> str:
-        """As 0:00:05, after `done` of the parts."""
         seconds = (time.monotonic() - self.start) / done * (self.total - done)
         return str(timedelta(seconds=round(seconds)))
 
@@ -264,8 +263,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         torch.cuda.set_device(device)
     if processes() > 1 and not dist.is_initialized():
         backend, card = ("nccl", device) if kind == "cuda" else ("gloo", None)
-        # A day: the others wait while the first decodes a folder; torchrun ends all if one is lost.
-        dist.init_process_group(backend, timeout=timedelta(days=1), device_id=card)
+        dist.init_process_group(backend, timeout=timedelta(days=1), device_id=card)  # a folder takes time
     return device
 
 
@@ -291,8 +289,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def seed_everything(seed: int, epoch: int = 0) -> None:
-    """Seed all that is random from both: of what came before, an epoch sees the weights alone."""
-    # The CPU's generator keeps 32 bits of its seed: mix, so that no two epochs of two seeds agree.
+    """Seed all that is random from both, mixed: the CPU's generator keeps 32 bits of its seed."""
     torch.manual_seed(int(hashlib.sha256(f"{seed} {epoch}".encode()).hexdigest()[:8], 16))
 
 
@@ -302,8 +299,7 @@ def adam(parameters, lr: float, beta1: float = 0.9) -> torch.optim.Adam:
     parameters = list(parameters)
     kind = parameters[0].device.type
     warnings.filterwarnings("ignore", message=".*capturable=True.*")  # of steps outside of a graph
-    how = dict(fused=kind in ("cpu", "cuda"), capturable=kind == "cuda")
-    return torch.optim.Adam(parameters, lr, (beta1, 0.999), **how)
+    return torch.optim.Adam(parameters, lr, (beta1, 0.999), fused=kind in ("cpu", "cuda"), capturable=kind == "cuda")
 
 
 def gradients(loss: Tensor, optimizer: torch.optim.Optimizer, retain: bool = False) -> tuple:
@@ -349,7 +345,6 @@ class GraphedStep:
         self.step, self.calls, self.graph, self.stream = step, 0, None, torch.cuda.Stream()
 
     def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
-        batch = [part for part in batch if part is not None]
         self.calls += 1
         if self.calls <= 3:  # real steps, on the capture's stream, make the optimizers' state
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -362,9 +357,10 @@ class GraphedStep:
             try:
                 with torch.cuda.graph(self.graph, stream=self.stream):
                     self.losses = self.run(self.batch)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                way_out = "set CUDA_GRAPH=0, or take a smaller --batch-size"
-                raise UserError(f"a step can't be captured ({one_line(error)}): {way_out}") from error
+                raise UserError(f"a step can't be captured ({one_line(error)}): set CUDA_GRAPH=0") from error
         for own, part in zip(self.batch, batch):
             own.copy_(part)
         self.graph.replay()
@@ -604,9 +600,8 @@ def show_in_notebook(picture: Image.Image, **options) -> None:
 
 
 def write_picture(path: str | Path, image: Tensor | Image.Image) -> None:
-    kind = Image.registered_extensions()[Path(path).suffix.lower()]
     with replacing(path, sync=False) as temporary:  # of thousands, each of which can be drawn again
-        to_picture(image).save(temporary, kind)
+        to_picture(image).save(temporary, Image.registered_extensions()[Path(path).suffix.lower()])
 
 
 def write_gif(path: str | Path, frames: list[Image.Image]) -> None:
@@ -721,12 +716,11 @@ def record(args: argparse.Namespace, data: Data) -> Iterator["Run"]:
     if args.checkpoint is None and (run.folder / "checkpoint.pt").exists():
         run.folder = run.folder.resolve()  # a link is used where it leads
         aside = move_aside(run.folder)
-        show_line(f"{args.script}: the run in {run.folder} is now {aside}; --resume would have gone on with it")
+        run.tell(f"the run in {run.folder} is now {aside}; --resume would have gone on with it")
     with locked(run.folder):
         for leftover in (*run.folder.glob(TEMPORARY), *run.folder.glob(f"samples/{TEMPORARY}")):  # of a kill
             leftover.unlink(missing_ok=True)
-        images = f"{len(data.images):,} images, {run.steps} steps an epoch"
-        show_line(f"{args.script}: {args.preset} on {args.dataset}, {images}")
+        run.tell(f"{args.preset} on {args.dataset}, {len(data.images):,} images, {run.steps} steps an epoch")
         run.save_picture("real.png", grid(to_unit(data.images[:64].cpu())))
         yield run
 
@@ -752,7 +746,6 @@ class Run:
         self.history = list(args.checkpoint["history"]) if args.checkpoint else []
         self.steps, self.data, self.losses = count // args.batch_size, data.digest(), []
         self.first = self.saved = len(self.history)  # epochs of before; those of the last checkpoint
-        self.saved_at = -math.inf
         if self.saved > args.epochs:
             raise UserError(f"the run has {self.saved} epochs already, --epochs asks for {args.epochs}")
         if count < args.batch_size:
@@ -762,9 +755,12 @@ class Run:
         if args.checkpoint and args.checkpoint.get("data", self.data) != self.data:
             if args.dataset != args.checkpoint["options"]["dataset"]:
                 raise UserError(f"--dataset {args.dataset} holds other images than the run's")
-            show_line(f"{args.script}: {args.dataset} has changed since the checkpoint: {count:,} images now")
+            self.tell(f"{args.dataset} has changed since the checkpoint: {count:,} images now")
         self.progress = Progress((args.epochs - self.saved) * self.steps, "steps")
-        self.started = time.perf_counter()
+        self.saved_at, self.started = -math.inf, time.perf_counter()
+
+    def tell(self, message: str) -> None:
+        show_line(f"{self.args.script}: {message}")
 
     def log(self, losses: dict[str, Tensor]) -> None:
         """Keep a step's losses without waiting for the device. Names carry units: "loss [nats]"."""
@@ -793,9 +789,8 @@ class Run:
             if not math.isfinite(value):
                 self.fail(f"{name} is {value:g} in epoch {epoch}")
         self.show({name: means[name] for name in means if name in self.names or name.startswith("test loss")})
-        rate = len(losses) * self.args.batch_size / seconds
-        times = {"seconds": round(seconds, 3), "images per second": round(rate, 1)}
-        self.history.append({"epoch": epoch, **means, **times})
+        rate = round(len(losses) * self.args.batch_size / seconds, 1)
+        self.history.append({"epoch": epoch, **means, "seconds": round(seconds, 3), "images per second": rate})
         self.losses = []
 
     def fail(self, fault: str) -> NoReturn:
@@ -814,7 +809,7 @@ class Run:
             try:
                 write(self.folder / name, image)
             except UserError as error:  # the checkpoint is what counts
-                show_line(f"{self.args.script}: warning: {error}")
+                self.tell(f"warning: {error}")
 
     def save(self, networks: dict[str, nn.Module], optimizers: dict) -> None:
         """Write checkpoint, log and curves: at the end, before it at most every ten seconds."""
@@ -843,19 +838,19 @@ class Run:
         self.save_picture("losses.png", plot_losses(curves))
 
     def finish(self) -> None:
-        """The four-panel figure, the animation, and the last line."""
+        """The four-panel figure and the animation, without samples that were deleted or damaged; the last line."""
         self.save_log()  # a kill may have left it behind the checkpoint
-        total, pictures, figure = self.args.epochs, {}, self.folder / "progress.png"
+        total, pictures = self.args.epochs, {}
         for moment in range(41):
             epoch = max(1, round(moment * total / 40))
-            with contextlib.suppress(Exception):  # deleted, or damaged in a power cut
-                with Image.open(self.folder / f"samples/epoch-{epoch:04}.png") as picture:
-                    pictures[epoch] = picture.copy()
+            with contextlib.suppress(Exception), Image.open(self.folder / f"samples/epoch-{epoch:04}.png") as picture:
+                pictures[epoch] = picture.copy()
         quarters = sorted({max(1, round(part * total / 4)) for part in (1, 2, 3, 4)} & pictures.keys())
         if quarters:
-            self.save_picture("progress.png", label_panels([(f"Epoch {epoch}", pictures[epoch]) for epoch in quarters]))
+            panels = [(f"Epoch {epoch}", pictures[epoch]) for epoch in quarters]
+            self.save_picture("progress.png", label_panels(panels))
             self.save_picture("progress.gif", list(pictures.values()), write_gif)
-        show_line(f"{self.args.script}: done, pictures in {self.folder}: look at {figure}")
+        self.tell(f"done, pictures in {self.folder}: look at {self.folder}/progress.png")
 
 
 # ----------------------------------------------------------------------------------------- sampling
