@@ -514,8 +514,8 @@ def decode_file(path: Path, size: int) -> bytes | str:
 def open_picture(file: Path | BinaryIO, size: int = 2**20) -> Image.Image:
     """A picture as RGB, upright, on white; a large JPEG at about twice `size`. ValueError if it is none."""
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # some carry long texts
-    known = Image.registered_extensions()
-    formats = [known[suffix] for suffix in PICTURES if suffix in known]  # others may start programs
+    # No other formats: some start programs.
+    formats = [kind for suffix, kind in Image.registered_extensions().items() if suffix in PICTURES]
     try:
         with Image.open(file, formats=formats) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
