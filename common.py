@@ -78,6 +78,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / f".lock.{os.urandom(6).hex()}.tmp"
     with contextlib.ExitStack() as held:
+        held.callback(fresh.unlink, missing_ok=True)
         try:
             lock_file(fresh).close()  # some network drives have no locks: there SQLite calls any file locked
             fresh.unlink()
@@ -85,7 +86,6 @@ def locked(folder: Path) -> Iterator[None]:
         except Exception as error:  # some Pythons lack sqlite3
             if "locked" in str(error) and not fresh.exists():
                 raise UserError(f"another process writes to {folder}: wait, or name another folder") from error
-            fresh.unlink(missing_ok=True)
             show_line(f"no lock on {folder} ({one_line(error)}): let no other process write there")
         yield
 
