@@ -1,7 +1,6 @@
 """Data and device helpers for the four scripts, and what a run leaves on the disk; no model.
 
-In reading order: errors and files, the command line, devices, optimizer steps, data, pictures, a
-run's folder, sampling. Images are uint8 (N, C, H, W) until a training step uses them.
+Images are uint8 (N, C, H, W) until a training step uses them.
 """
 
 import argparse
@@ -76,15 +75,16 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder while the block runs. UserError if one is in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f".lock.{os.urandom(6).hex()}.tmp"
+    fresh, works = folder / f".lock.{os.urandom(6).hex()}.tmp", False
     with contextlib.ExitStack() as held:
         held.callback(fresh.unlink, missing_ok=True)
         try:
-            lock_file(fresh).close()  # some network drives have no locks: there SQLite calls any file locked
+            lock_file(fresh).close()  # without locks, as on some network drives, this fails, too
             fresh.unlink()
+            works = True
             held.enter_context(contextlib.closing(lock_file(folder / ".lock")))
         except Exception as error:  # some Pythons lack sqlite3
-            if "locked" in str(error) and not fresh.exists():
+            if works and "locked" in str(error):
                 raise UserError(f"another process writes to {folder}: wait, or name another folder") from error
             show_line(f"no lock on {folder} ({one_line(error)}): let no other process write there")
         yield
@@ -211,12 +211,12 @@ def reporting_errors(program: str) -> Iterator[None]:
     try:
         yield
         if dist.is_initialized():
-            dist.barrier()  # a process that leaves early takes its connections with it
+            dist.barrier()  # one that ends early would break the others' connections
         return
     except KeyboardInterrupt as interrupt:
         status, told = 130, str(interrupt) or "interrupted: a training goes on with --resume"
     except (UserError, OSError) as error:
-        status, told = getattr(error, "status", 2), f"error: {error}"
+        status, told = getattr(error, "status", 2), f"error: {error}"  # 3: the crawler's source failed
     except (MemoryError, RuntimeError) as error:
         text = str(error).lower()  # torch has no type for the processor's memory
         if not isinstance(error, MemoryError) and not ("alloc" in text and "memory" in text):
@@ -307,14 +307,14 @@ def gradients(loss: Tensor, optimizer: torch.optim.Optimizer, retain: bool = Fal
     return torch.autograd.grad(loss, optimizer.param_groups[0]["params"], retain_graph=retain)
 
 
-def apply_gradients(gradients: tuple[Tensor, ...], optimizer: torch.optim.Optimizer) -> None:
+def apply_gradients(grads: tuple[Tensor, ...], optimizer: torch.optim.Optimizer) -> None:
     """One step of `optimizer` down the gradients, averaged over all processes."""
     if dist.is_initialized():
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat = torch.cat([gradient.reshape(-1) for gradient in grads])
         dist.all_reduce(flat)
-        parts = flat.div_(processes()).split([gradient.numel() for gradient in gradients])
-        gradients = [part.view(gradient.shape) for part, gradient in zip(parts, gradients)]
-    for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients):
+        parts = flat.div_(processes()).split([gradient.numel() for gradient in grads])
+        grads = [part.view(gradient.shape) for part, gradient in zip(parts, grads)]
+    for parameter, gradient in zip(optimizer.param_groups[0]["params"], grads):
         if gradient.stride() != parameter.stride():  # the fused kernel walks both in memory order
             gradient = torch.empty_like(parameter).copy_(gradient)
         parameter.grad = gradient
@@ -382,7 +382,7 @@ class Data(NamedTuple):
         return Data(self.images.to(device), None if self.labels is None else self.labels.to(device))
 
     def digest(self) -> str:
-        """What tells these images from others, wherever they lie: their shape, a hash of 1,000."""
+        """A fingerprint: shape and a hash of up to 1,000 images, wherever they lie."""
         some = self.images[:: -(-len(self.images) // 1000)].cpu().contiguous()
         return f"{list(self.images.shape)} {hashlib.sha256(some.numpy().tobytes()).hexdigest()}"
 
@@ -465,11 +465,11 @@ def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
 
 
 def list_pictures(folder: Path) -> list[str]:
-    """Relative paths, sorted, of files that are pictures by their names, of formats not read here, too."""
+    """Relative paths, sorted, of files with a picture's ending, also of formats that are not read: they are told."""
     known = {*PICTURES, *Image.registered_extensions(), ".heic", ".heif", ".jxl"}
     names = sorted(glob.glob("**/*", root_dir=folder, recursive=True), reverse=True)
     found = {(folder / name).resolve(): name for name in names if Path(name).suffix.lower() in known}
-    return sorted(name for path, name in found.items() if path.is_file())  # once each, whatever links lead there
+    return sorted(name for path, name in found.items() if path.is_file())  # of links to one file the first
 
 
 def build_cache(cache: Path, folder: Path, names: list[str], size: int) -> None:
@@ -543,7 +543,7 @@ def open_picture(file: Path | BinaryIO, size: int = 2**20) -> Image.Image:
 def batches(data: Data, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Data]:
     """An epoch's whole batches in random order, this process's share of each, on the device."""
     order = torch.randperm(len(data.images)).to(data.images.device)  # once: each copy is waited for
-    if rank() > 0:  # all processes have drawn the same order; their noise must differ
+    if rank() > 0:  # seeded alike, all have drawn the same order; from here their noise must differ
         torch.manual_seed(torch.initial_seed() + rank())
     for batch in order.split(batch_size)[: len(order) // batch_size]:
         picked = batch.chunk(processes())[rank()]
@@ -600,7 +600,7 @@ def show_in_notebook(picture: Image.Image, **options) -> None:
 
 
 def write_picture(path: str | Path, image: Tensor | Image.Image) -> None:
-    with replacing(path, sync=False) as temporary:  # of thousands, each of which can be drawn again
+    with replacing(path, sync=False) as temporary:  # no fsync: they can be drawn again
         to_picture(image).save(temporary, Image.registered_extensions()[Path(path).suffix.lower()])
 
 
@@ -698,8 +698,8 @@ def restore(parts: dict, states: dict) -> None:
     try:
         for name, part in parts.items():
             state = states[name]
-            if isinstance(part, torch.optim.Optimizer):  # how it runs is the device's matter
-                own = {name: part.param_groups[0][name] for name in ("fused", "capturable")}
+            if isinstance(part, torch.optim.Optimizer):  # keep what fits this device, not the checkpoint's
+                own = {key: part.param_groups[0][key] for key in ("fused", "capturable")}
                 state = state | dict(param_groups=[group | own for group in state["param_groups"]])
             part.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -745,7 +745,7 @@ class Run:
         self.args, self.folder, count = args, Path(args.out_dir), len(data.images)
         self.history = list(args.checkpoint["history"]) if args.checkpoint else []
         self.steps, self.data, self.losses = count // args.batch_size, data.digest(), []
-        self.first = self.saved = len(self.history)  # epochs of before; those of the last checkpoint
+        self.first = self.saved = len(self.history)  # epochs done at the start; in the last checkpoint
         if self.saved > args.epochs:
             raise UserError(f"the run has {self.saved} epochs already, --epochs asks for {args.epochs}")
         if count < args.batch_size:
@@ -841,11 +841,11 @@ class Run:
         """The four-panel figure and the animation, without samples that were deleted or damaged; the last line."""
         self.save_log()  # a kill may have left it behind the checkpoint
         total, pictures = self.args.epochs, {}
-        for moment in range(41):
-            epoch = max(1, round(moment * total / 40))
+        moments = [max(1, round(part * total / 40)) for part in range(41)]
+        for epoch in moments:
             with contextlib.suppress(Exception), Image.open(self.folder / f"samples/epoch-{epoch:04}.png") as picture:
                 pictures[epoch] = picture.copy()
-        quarters = sorted({max(1, round(part * total / 4)) for part in (1, 2, 3, 4)} & pictures.keys())
+        quarters = sorted({*moments[10::10]} & pictures.keys())
         if quarters:
             panels = [(f"Epoch {epoch}", pictures[epoch]) for epoch in quarters]
             self.save_picture("progress.png", label_panels(panels))
@@ -865,7 +865,7 @@ class Sampler(NamedTuple):
 
 
 def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = None) -> Iterator:
-    """`count` samples in chunks: uint8 (n, C, H, W) on the CPU; labels (n,), in turn, or None."""
+    """Samples in chunks, the first alike for any count: uint8 (n, C, H, W), CPU; labels (n,) in turn, or None."""
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, count, 500):
         numbers = torch.arange(start, min(start + 500, count))
