@@ -570,7 +570,7 @@ def decode(source: Path | bytes) -> Image.Image:
     except OSError as error:
         raise Unusable(f"can't be read: {error.strerror}") from error
     except ValueError as error:
-        raise Unusable(printable(error, 80), final=str(error) == "too large") from error
+        raise Unusable(printable(error, 80), final="large" in str(error) or "exceeds" in str(error)) from error
 
 
 def check_parts(file: BinaryIO) -> None:
@@ -873,7 +873,7 @@ def collect(results: Iterator, folder: Folder, limit: int | None, total: int) ->
             summary = f"{faces:,} faces of {new:,} posts"
             if counts:
                 summary += "; skipped: " + ", ".join(f"{count:,} {why}" for why, count in counts.most_common())
-            progress.update(faces if limit else new, f"({summary})")
+            progress.update(faces if limit else new, f" ({summary})")
         return "the limit"
     finally:
         common.show_line(f"{AGENT}: {summary}")
