@@ -11,6 +11,7 @@ import hashlib
 import io
 import math
 import os
+import platform
 import random
 import shutil
 import signal
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 LABELLED = ("mnist", "fashion", "digits")  # data sets of 28x28 grey images in ten classes
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 CHECKPOINT_FORMAT = 1
-NOT_KEPT = {"script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint"}
+NOT_KEPT = {"script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint", "arithmetic"}
 TEMPORARY = f".*.{'[0-9a-f]' * 12}.tmp"  # the names of `replacing`
 SAVE_SECONDS = 10  # between two checkpoints, when epochs are shorter
 COLOURS = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()
@@ -172,7 +173,7 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Nam
         numbers |= of_folders
     script = parser.prog.removesuffix(".py")
     out_dir = args.out_dir or f"runs/{script}-{args.preset}-{Path(args.dataset).name}"
-    parser.set_defaults(**numbers, script=script, out_dir=out_dir, checkpoint=None)
+    parser.set_defaults(**numbers, script=script, out_dir=out_dir, checkpoint=None, arithmetic={})
     args = parser.parse_args(argv)
     if args.to is not None and args.sample is None:
         parser.error("--to says where --sample writes: give --sample N too")
@@ -259,6 +260,11 @@ def choose_device(args: argparse.Namespace) -> torch.device:
             raise UserError(f"{here} processes, {cards} GPUs: take --nproc-per-node={cards}, or --device cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
+    try:
+        torch.zeros(1, device=device).add(1).item()
+    except RuntimeError as error:  # a card for which this torch has no kernels
+        raise UserError(f"{kind} does not work with this torch ({one_line(error)}): take --device cpu") from error
     if processes() > 1 and not dist.is_initialized():
         backend, card = ("nccl", device) if kind == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(days=1), device_id=card)  # a folder takes time
@@ -266,15 +272,27 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 
 
 def choose_autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
-    """A context for matrix products and convolutions in `--precision`. Prints it and the device."""
+    """A context for matrix products and convolutions in `--precision`.
+
+    Prints what rounding depends on, and keeps it as `args.arithmetic`, for the checkpoint.
+    """
     native, precision = has_native_bf16(device), args.precision
     if precision == "auto":
         precision = "bf16" if native else "fp32"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    name += f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    name += f", {processes()} processes" if processes() > 1 else ""
-    show_line(f"{args.script}: device {name}; precision {precision} (bf16 native here: {native})")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {processor_name()}"
+    args.arithmetic = dict(torch=str(torch.__version__), device=name, precision=precision, processes=processes())
+    if device.type == "cpu":
+        args.arithmetic["threads"] = torch.get_num_threads()
+    facts = ", ".join(f"{name} {fact}" for name, fact in args.arithmetic.items())
+    show_line(f"{args.script}: {facts} (bf16 native here: {'yes' if native else 'no'})")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def processor_name() -> str:
+    """The processor's model, as far as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    told = cpuinfo.read_text().partition("model name")[2] if cpuinfo.exists() else ""
+    return told.partition("\n")[0].strip("\t: ") or platform.processor() or platform.machine()
 
 
 def has_native_bf16(device: torch.device) -> bool:
@@ -324,14 +342,22 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     apply_gradients(gradients(loss, optimizer), optimizer)
 
 
-def distribute(network: nn.Module) -> nn.Module:
-    """Batch norm over the whole batch instead of each process's share, where it can be (CUDA)."""
-    shared = processes() > 1 and any(parameter.is_cuda for parameter in network.parameters())
+def to_device(network: nn.Module, device: torch.device, autocast: torch.autocast | None = None) -> nn.Module:
+    """The network on the device: for training in `autocast`, for sampling and measuring in float32.
+
+    In channels-last, the faster memory layout, on the CPU and in bfloat16 on CUDA: in float32 it is slower there, and
+    on Apple's GPUs batch norm's gradients are wrong in it. On several CUDA devices batch norm is over the whole batch.
+    """
+    with autocast or contextlib.nullcontext():
+        fast = device.type == "cpu" or (device.type == "cuda" and torch.is_autocast_enabled("cuda"))
+    network = network.to(device, memory_format=torch.channels_last if fast else torch.contiguous_format)
+    shared = device.type == "cuda" and dist.is_initialized() and autocast is not None
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if shared else network
 
 
 def capture(step: Callable, device: torch.device) -> Callable:
     """`step` as one CUDA graph, unless CUDA_GRAPH=0 or several processes exchange gradients in it."""
+    torch.backends.cudnn.benchmark = True  # the fastest algorithm for each shape, tried in the first steps
     graphed = device.type == "cuda" and processes() == 1 and os.environ.get("CUDA_GRAPH") != "0"
     return GraphedStep(step) if graphed else step
 
@@ -355,10 +381,11 @@ class GraphedStep:
             try:
                 with torch.cuda.graph(self.graph, stream=self.stream):
                     self.losses = self.run(self.batch)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
-                raise UserError(f"a step can't be captured ({one_line(error)}): set CUDA_GRAPH=0") from error
+                cause = error.__context__ or error  # the end of the capture fails, too, in the cause's place
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from error
+                raise UserError(f"a step can't be captured ({one_line(cause)}): set CUDA_GRAPH=0") from cause
         for own, part in zip(self.batch, batch):
             own.copy_(part)
         self.graph.replay()
@@ -690,8 +717,15 @@ def restore(parts: dict, states: dict) -> None:
         for name, part in parts.items():
             state = states[name]
             if isinstance(part, torch.optim.Optimizer):  # keep what fits this device, not the checkpoint's
-                own = {key: part.param_groups[0][key] for key in ("fused", "capturable")}
+                group = part.param_groups[0]
+                own = {key: group[key] for key in ("fused", "capturable")}
                 state = state | dict(param_groups=[group | own for group in state["param_groups"]])
+                for parameter, kept in zip(group["params"], state["state"].values(), strict=True):
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        if kept[moment].shape != parameter.shape:
+                            raise ValueError("an optimizer's state of other shapes")
+                        # The fused kernel walks weights and moments in memory order.
+                        kept[moment] = torch.empty_like(parameter).copy_(kept[moment])
             part.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint does not fit these networks ({one_line(error)}): train anew") from error
@@ -747,6 +781,12 @@ class Run:
             if args.dataset != args.checkpoint["options"]["dataset"]:
                 raise UserError(f"--dataset {args.dataset} holds other images than the run's")
             self.tell(f"{args.dataset} has changed since the checkpoint: {count:,} images now")
+        self.parts = list(args.checkpoint.get("arithmetic", [])) if args.checkpoint else []
+        now, was = args.arithmetic, self.parts[-1] if self.parts else args.arithmetic
+        if changes := [f"{name} {was.get(name)} is now {now[name]}" for name in now if was.get(name) != now[name]]:
+            self.tell(f"from here on rounded otherwise: {', '.join(changes)}")
+        if changes or not self.parts:
+            self.parts.append(now | dict(from_epoch=self.saved + 1))
         self.progress = Progress((args.epochs - self.saved) * self.steps, "steps")
         self.saved_at, self.started = -math.inf, time.perf_counter()
 
@@ -813,7 +853,7 @@ class Run:
             if rank() == 0:
                 states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
                 kept = dict(format=CHECKPOINT_FORMAT, script=self.args.script, options=run_options(self.args))
-                kept |= dict(epoch=epoch, history=self.history, data=self.data)
+                kept |= dict(epoch=epoch, history=self.history, data=self.data, arithmetic=self.parts)
                 buffer = io.BytesIO()  # torch.save's own file errors hide the reason
                 torch.save(kept | dict(networks=weights, optimizers=states), buffer)
                 with replacing(self.folder / "checkpoint.pt") as temporary:

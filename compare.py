@@ -48,6 +48,7 @@ order: the judge, the measures, the table of a data set, a run's folder, what is
 import contextlib
 import csv
 import glob
+import hashlib
 import importlib
 import io
 import itertools
@@ -72,6 +73,7 @@ SAMPLES = 10_000
 NEIGHBOURHOODS = 5_000  # images of each side for precision and recall
 WALKS, STEPS = 200, 16
 BOUND_IMAGES = 250  # test images on which the gap between both bounds is measured: 500 decodings each
+MNIST_JUDGE = Path(__file__).with_name("assets") / "judge-mnist.pt"  # the same on every machine
 LEAST_STEPS, MOST_STEPS = 250, 1200  # of the judge: five epochs of MNIST, more of smaller sets
 JUDGE = dict(version=1, batch_size=256, lr=5e-3, widths=[32, 64, 128], features=128, shift=2, temperature=0.2)
 COLUMNS = {  # figure: digits after the point
@@ -90,7 +92,7 @@ def build_judge(data: common.Data) -> nn.Sequential:
         layers += [nn.ReLU(), nn.MaxPool2d(2)]
     layers += [nn.Flatten(), nn.Linear(outputs * (size // 8) ** 2, features, bias=False), nn.BatchNorm1d(features)]
     layers += [nn.ReLU(), nn.Linear(features, 64 if data.labels is None else 10)]
-    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    return nn.Sequential(*layers)
 
 
 @torch.no_grad()
@@ -138,13 +140,13 @@ def cropped(images: Tensor) -> Tensor:
 def train_judge(data: common.Data, device: torch.device, autocast: torch.autocast, steps: int) -> nn.Sequential:
     """A classifier of worsened images, or without labels a network that knows an image by any crop of it."""
     common.seed_everything(0)
-    judge = build_judge(data).to(device)
+    judge = common.to_device(build_judge(data), device, autocast)
     optimizer = torch.optim.AdamW(judge.parameters(), JUDGE["lr"], weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, JUDGE["lr"], total_steps=steps)
     progress = common.Progress(steps, "steps of the judge")
     for step in range(steps):
         picked = torch.randperm(len(data.images))[: JUDGE["batch_size"]]
-        images = data.images[picked].to(device, memory_format=torch.channels_last)
+        images = data.images[picked].to(device)
         images = judge[0](common.to_unit(images))  # at most 32x32
         with autocast:
             if data.labels is None:
@@ -156,27 +158,30 @@ def train_judge(data: common.Data, device: torch.device, autocast: torch.autocas
         common.descend(loss, optimizer)
         schedule.step()
         progress.update(step + 1)
-    return judge.eval()
+    return common.to_device(judge, device).eval()
 
 
-def load_judge(path: Path, data: common.Data, device: torch.device, autocast: torch.autocast) -> nn.Sequential:
-    """The judge of a data set, kept as `path`; trained anew when its settings or the images change."""
+def load_judge(path: Path, data: common.Data, device: torch.device, autocast: torch.autocast):
+    """The judge of these images and its file's SHA-256: MNIST's own, or one kept as `path`, else trained and kept."""
     steps = min(MOST_STEPS, max(LEAST_STEPS, len(data.images) // 50))
     settings = JUDGE | dict(images=data.digest(), steps=steps)
-    with contextlib.suppress(Exception):  # absent, or damaged in any way: it can always be made again
-        kept = torch.load(path, map_location=device, weights_only=True)
-        if kept["settings"] == settings:
-            judge = build_judge(data).to(device)
-            common.restore({"judge": judge}, kept["networks"])
-            return judge.eval()
+    for kept_as in (MNIST_JUDGE, path):
+        with contextlib.suppress(Exception):  # absent, or damaged in any way: it can always be made again
+            content = kept_as.read_bytes()
+            kept = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+            if kept["settings"] == settings:
+                judge = common.to_device(build_judge(data), device)
+                common.restore({"judge": judge}, kept["networks"])
+                return judge.eval(), hashlib.sha256(content).hexdigest()
     print(f"training the judge, once: it is kept as {path}", flush=True)
     judge = train_judge(data, device, autocast, steps)
+    torch.save(dict(settings=settings, networks={"judge": judge.state_dict()}), buffer := io.BytesIO())
     try:
         with common.replacing(path) as temporary:
-            torch.save(dict(settings=settings, networks={"judge": judge.state_dict()}), temporary)
-    except (common.UserError, RuntimeError) as error:  # a shared data folder may be read-only
+            temporary.write_bytes(buffer.getbuffer())
+    except common.UserError as error:  # a shared data folder may be read-only
         print(f"compare: the judge is not kept: {error}")
-    return judge
+    return judge, hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
@@ -298,7 +303,8 @@ class Table:
         if len(train.images) < 20:
             raise common.UserError(f"{dataset} has {len(train.images)} images: too few to compare with")
         self.digest = train.digest()
-        self.judge = load_judge(Path(data_dir, f"judge-{self.name}.pt"), train, device, autocast)
+        kept_as = Path(data_dir, f"judge-{self.name}.pt")
+        self.judge, self.judge_hash = load_judge(kept_as, train, device, autocast)
         generator = torch.Generator().manual_seed(0)
         train_order = torch.randperm(len(train.images), generator=generator)
         if train.labels is None:
@@ -317,7 +323,7 @@ class Table:
             self.shares = classes.bincount(minlength=10).clamp(min=1) / len(classes)  # as the judge sees them
             self.accuracy = (classes == test.labels[test_order]).double().mean().item()
             kind = f"test images, {self.accuracy:.2%} known to the judge"
-        self.title = f"{self.name}: measured against {len(self.images):,} {kind}"
+        self.title = f"{self.name}: measured against {len(self.images):,} {kind} ({self.judge_hash[:12]})"
         images = train.images[train_order]
         pictures = images[torch.arange(20) % len(images)]
         self.rows = [{"run": "real images", "pictures": pictures} | self.measure(images, labels)]
@@ -391,6 +397,7 @@ def load_run(folder: str | Path, args: Namespace, device: torch.device) -> Measu
         row = {"run": Path(folder).resolve().name, "parameters": sampler.parameters, "epochs": len(history)}
         row["minutes"] = sum(epoch["seconds"] for epoch in history) / 60
         row["images/s"] = statistics.median(epoch["images per second"] for epoch in history)
+        row["arithmetic"] = checkpoint.get("arithmetic", [])  # earlier versions kept none
         if len(history) < options["epochs"]:
             row["epochs asked"] = options["epochs"]
         size = None if options["dataset"] in common.LABELLED else options["image_size"]
@@ -463,16 +470,29 @@ def panel(row: dict) -> tuple[str, Image.Image]:
     return caption.replace("±", "+-"), common.to_picture(torch.cat([samples, walk], dim=2))
 
 
+def differences(rows: list[dict]) -> str:
+    """What rows were not all trained with, for a note: torch's version, device, precision."""
+    parts, told = [part for row in rows for part in row.get("arithmetic", [])], []
+    for name in ("torch", "device", "precision", "processes", "threads"):
+        if len(found := dict.fromkeys(str(part.get(name)) for part in parts)) > 1:
+            told.append(f"{name} ({', '.join(found)})")
+    return "; ".join(told)
+
+
 def report(tables: list[Table], args: Namespace) -> None:
     """Print the tables and write them, with the picture, to PREFIX.md, .csv, .json and .png."""
     text = "\n".join(f"{table.title}\n\n{lay_out(table.rows)}\n" for table in tables)
     print(f"\n{text}")
+    for table in tables:
+        if told := differences(table.rows):
+            print(f"compare: note: the runs on {table.name} were not all trained with the same {told}")
     rows = [{"dataset": table.name} | row for table in tables for row in table.rows]
     common.write_picture(f"{args.to}.png", common.label_panels([panel(row) for row in rows], columns=1))
-    judges = {table.name: table.accuracy for table in tables}
-    results = dict(samples=args.samples, torch=torch.__version__, judge_accuracy=judges, rows=rows)
+    judges = {table.name: dict(sha256=table.judge_hash, accuracy=table.accuracy) for table in tables}
+    results = dict(samples=args.samples, measured_with=args.arithmetic, judges=judges, rows=rows)
     names = dict.fromkeys(["dataset", "run", *COLUMNS, *itertools.chain(*rows)])
-    writer = csv.DictWriter(sheet := io.StringIO(), names)
+    names.pop("arithmetic", None)  # JSON alone
+    writer = csv.DictWriter(sheet := io.StringIO(), names, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     contents = {"md": text, "csv": sheet.getvalue(), "json": json.dumps(results, indent=1) + "\n"}

@@ -173,15 +173,14 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def build(args: Namespace) -> dict[str, nn.Module]:
-    """The four networks, in channels_last (the faster layout for convolutions), and the moving averages of L_GC."""
-    networks = dict(
+    """The four networks and the moving averages of L_GC."""
+    return dict(
         encoder=Encoder(args.latent_size),
         generator=Generator(args.latent_size),
         discriminator=Discriminator(),
         classifier=Classifier(),
         class_means=ClassMeans(),
     )
-    return {name: network.to(memory_format=torch.channels_last) for name, network in networks.items()}
 
 
 def discriminator_loss(real_logits: Tensor, reconstructed_logits: Tensor, prior_logits: Tensor) -> Tensor:
@@ -310,7 +309,7 @@ def train(args: Namespace) -> None:
     data = common.load_data(args.dataset, args.data_dir).to(device)  # images uint8 (N, 1, 28, 28), labels (N,)
 
     common.seed_everything(args.seed)
-    networks = {name: common.distribute(network.to(device)) for name, network in build(args).items()}
+    networks = {name: common.to_device(network, device, autocast) for name, network in build(args).items()}
     optimizers = make_optimizers(args, networks)
     if args.resume:
         common.restore(networks, args.checkpoint["networks"])
@@ -399,7 +398,7 @@ def save_pictures(args: Namespace, networks: dict[str, nn.Module], save: Callabl
 def load_networks(checkpoint: dict, device: torch.device) -> dict[str, nn.Module]:
     networks = build(Namespace(**checkpoint["options"]))
     common.restore(networks, checkpoint["networks"])
-    return {name: network.to(device) for name, network in networks.items()}
+    return {name: common.to_device(network, device) for name, network in networks.items()}
 
 
 def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:

@@ -54,6 +54,7 @@ bfloat16), by `python compare.py runs/anime32-* --to assets/results-faces32`:
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "pillow>=10.1"]
 # ///
 
+import copy
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -61,7 +62,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 import common  # common.py, which lies beside this file
 
@@ -162,23 +162,17 @@ def build(args: Namespace) -> dict[str, nn.Module]:
             generator=Generator(args.latent_size, args.image_size, channels, args.features).apply(initialise),
             discriminator=Discriminator(args.image_size, channels, args.features).apply(initialise),
         )
-    for network in networks.values():
-        network.to(memory_format=torch.channels_last)  # the faster memory layout for convolutions
     return networks
 
 
-def make_average(generator: nn.Module, decay: float) -> AveragedModel:
-    """The moving average of a generator's weights and batch statistics: first a fast one, so that the initial weights
-    are soon forgotten, later one of this decay a step."""
+def update_average(average: nn.Module, generator: nn.Module, steps: int, decay: float) -> None:
+    """Move the average of a generator's weights and batch statistics towards their values after so many steps.
 
-    def average(means: list, values: list, updates: torch.Tensor) -> None:
-        weight = max(10 / (10 + int(updates)), 1 - decay)
-        if means[0].is_floating_point():
-            torch._foreach_lerp_(means, values, weight)
-        else:
-            torch._foreach_copy_(means, values)  # how many batches were seen
-
-    return AveragedModel(generator, multi_avg_fn=average, use_buffers=True)
+    First fast, so that the initial weights are soon forgotten, later at 1 - decay a step. Waits for no device.
+    """
+    states = (network.state_dict().values() for network in (average, generator))
+    means, values = ([tensor for tensor in state if tensor.is_floating_point()] for state in states)
+    torch._foreach_lerp_(means, values, max(10 / (9 + steps), 1 - decay))
 
 
 def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
@@ -230,9 +224,10 @@ def make_step(args: Namespace, device: torch.device, autocast: torch.autocast, n
     """A function from a batch, uint8 (N, C, H, W), to the losses of one step of both players."""
     generator, discriminator = networks["generator"], networks["discriminator"]
     augment = diff_augment if args.augment == "full" else lambda images: images
+    mirror = args.augment == "flip" or (args.augment == "full" and args.dataset not in common.LABELLED)
 
     def step(images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        if args.augment != "none":
+        if mirror:
             images = flip(images)
         real_images = common.to_symmetric(images)
         latents = torch.randn(len(images), args.latent_size, device=device)
@@ -265,11 +260,11 @@ def train(args: Namespace) -> None:
     data = common.load_data(args.dataset, args.data_dir, size=args.image_size).to(device)  # images uint8 (N, C, H, W)
 
     common.seed_everything(args.seed)
-    networks = {name: common.distribute(network.to(device)) for name, network in build(args).items()}
+    networks = {name: common.to_device(network, device, autocast) for name, network in build(args).items()}
     optimizers = make_optimizers(args, networks)
     fixed_latents = torch.randn(64, args.latent_size).to(device)
     if args.ema:
-        networks["average"] = make_average(networks["generator"], args.ema)
+        networks["average"] = copy.deepcopy(networks["generator"])
     if args.resume:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
@@ -280,10 +275,11 @@ def train(args: Namespace) -> None:
             common.seed_everything(args.seed, epoch)  # of (seed, epoch) alone: a resumed run is the unbroken one
             for network in networks.values():
                 network.train()  # drawing samples leaves the generator in eval mode
-            for images, _ in common.batches(data, args.batch_size, device):
+            done = (epoch - 1) * run.steps
+            for i, (images, _) in enumerate(common.batches(data, args.batch_size, device), start=1):
                 run.log(step(images))
                 if args.ema:
-                    networks["average"].update_parameters(networks["generator"])
+                    update_average(networks["average"], networks["generator"], done + i, args.ema)
             run.end_epoch()
             run.save_samples(generate(networks, fixed_latents))
             run.save(networks, optimizers)
@@ -306,9 +302,9 @@ def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
     networks = build(args)
     parameters = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     if args.ema:
-        networks["average"] = make_average(networks["generator"], args.ema)
+        networks["average"] = copy.deepcopy(networks["generator"])
     common.restore(networks, checkpoint["networks"])
-    networks = {name: network.to(device) for name, network in networks.items()}
+    networks = {name: common.to_device(network, device) for name, network in networks.items()}
     return common.Sampler(args.latent_size, lambda latents, labels=None: generate(networks, latents), parameters)
 
 
@@ -342,7 +338,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--to", metavar="PATH", type=os.path.expanduser, help="for --sample: a grid (NAME.png) or a folder of images")
     add = parser.add_argument_group("DCGAN").add_argument
     add("--image-size", type=int, choices=[32, 64, 128], help="side of a folder's images in pixels (folders 64)")
-    augment = "flip mirrors half of the images; full also varies colour, place and cutout (none, folders flip)"
+    augment = "flip mirrors half; full varies colour, place and cutout, and mirrors all but digits (none, folders flip)"
     add("--augment", choices=["none", "flip", "full"], help=augment)
     average = "draw from the generator's moving average, of this decay a step, such as 0.999 (0: off)"
     add("--ema", metavar="DECAY", type=common.number(float, 0, 0.99999), help=average)

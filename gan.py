@@ -128,7 +128,7 @@ def train(args: Namespace) -> None:
     data = common.load_data(args.dataset, args.data_dir).to(device)  # images uint8 (N, 1, 28, 28)
 
     common.seed_everything(args.seed)
-    networks = {name: network.to(device) for name, network in build(args).items()}
+    networks = {name: common.to_device(network, device, autocast) for name, network in build(args).items()}
     optimizers = make_optimizers(args, networks)
     fixed_latents = torch.randn(64, args.latent_size).to(device)
     if args.resume:
@@ -160,7 +160,7 @@ def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
     args = Namespace(**checkpoint["options"])
     networks = build(args)
     common.restore(networks, checkpoint["networks"])
-    generator = networks["generator"].to(device)
+    generator = common.to_device(networks["generator"], device)
     parameters = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     return common.Sampler(args.latent_size, lambda latents, labels=None: generate(generator, latents), parameters)
 

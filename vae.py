@@ -88,10 +88,8 @@ class ConvolutionalDecoder(nn.Sequential):
 
 
 def build(args: Namespace) -> dict[str, nn.Module]:
-    """The two networks, in channels_last: the faster memory layout for convolutions."""
     kinds = (ConvolutionalEncoder, ConvolutionalDecoder) if args.convolutional else (LinearEncoder, LinearDecoder)
-    encoder, decoder = (kind(args.latent_size, args.sizes).to(memory_format=torch.channels_last) for kind in kinds)
-    return dict(encoder=encoder, decoder=decoder)
+    return {name: kind(args.latent_size, args.sizes) for name, kind in zip(("encoder", "decoder"), kinds)}
 
 
 def encode(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +151,7 @@ def train(args: Namespace) -> None:
     test_images = test_images.to(device)
 
     common.seed_everything(args.seed)
-    networks = {name: network.to(device) for name, network in build(args).items()}
+    networks = {name: common.to_device(network, device, autocast) for name, network in build(args).items()}
     encoder, decoder = networks["encoder"], networks["decoder"]
     optimizers = make_optimizers(args, networks)
     fixed_latents = torch.randn(64, args.latent_size).to(device)
@@ -284,7 +282,7 @@ def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
     args = Namespace(**checkpoint["options"])
     networks = build(args)
     common.restore(networks, checkpoint["networks"])
-    encoder, decoder = (network.to(device) for network in networks.values())
+    encoder, decoder = (common.to_device(network, device) for network in networks.values())
     return common.Sampler(
         args.latent_size,
         lambda latents, labels=None: decode(decoder, latents),

@@ -56,7 +56,7 @@ def gan(args: Namespace, device: torch.device) -> Iterator[None]:
 def vae(args: Namespace, device: torch.device) -> Iterator[None]:
     import vae as script
 
-    encoder, decoder = (n.to(device, memory_format=torch.contiguous_format) for n in script.build(args).values())
+    encoder, decoder = (n.to(device) for n in script.build(args).values())
     decoder = nn.Sequential(decoder, nn.Sigmoid())
     criterion = nn.BCELoss(reduction="sum")
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=args.lr)
@@ -84,7 +84,7 @@ def dcgan(args: Namespace, device: torch.device) -> Iterator[None]:
     """For faces as in PyTorch's own DCGAN example, where one batch of generated images serves both players too."""
     import dcgan as script
 
-    networks = {name: n.to(device, memory_format=torch.contiguous_format) for name, n in script.build(args).items()}
+    networks = {name: n.to(device) for name, n in script.build(args).items()}
     generator, discriminator = networks["generator"], nn.Sequential(networks["discriminator"], nn.Sigmoid())
     criterion, shape = nn.BCELoss(), (args.batch_size, args.latent_size)
     generator_optimizer = torch.optim.Adam(generator.parameters(), lr=args.lr, betas=(args.beta1, 0.999))
@@ -113,7 +113,7 @@ def cvaegan(args: Namespace, device: torch.device) -> Iterator[None]:
     """Every network's update with forward passes of its own, one after another, as public CVAE-GANs do it."""
     import cvaegan as script
 
-    networks = {name: n.to(device, memory_format=torch.contiguous_format) for name, n in script.build(args).items()}
+    networks = {name: n.to(device) for name, n in script.build(args).items()}
     encoder, generator, discriminator, classifier, class_means = networks.values()
     weights, sigmoid = args.loss_weights, nn.Sigmoid()
     bce, cross_entropy, squares = nn.BCELoss(), nn.CrossEntropyLoss(), nn.MSELoss(reduction="sum")

@@ -10,13 +10,16 @@ after six and resumed, from a checkpoint that looks as if a CPU had written it. 
 optimizers, moving averages and losses, and every captured step had its graph. With deterministic algorithms, in fp32
 and bf16. Prints a line a case; status 1, and the name of the first tensor that differs, if one does.
 
+In the case "large" the captured run's images do not fit on the device. "processes" trains with two processes, unbroken
+and resumed; on CUDA it needs two cards. "compare" measures a run on the device and on the CPU.
+
 The first hour on a card
 ------------------------
 
 Nothing of this has run on a GPU yet. The minutes are estimates for an H100 with 16 cores; `data` holds MNIST/raw and
 anime. Every command can be stopped and given again; the third and the fourth need the machine for themselves.
 
-    python tests/gpu.py --data-dir data                              # 3 min: 22 lines that end in "equal"
+    python tests/gpu.py --data-dir data                              # 4 min: 26 lines that end in "equal"
     DATA_DIR=data python -m pytest                                   # 4 min, on the CPU but for a few tests
     python tests/bench.py --data-dir data --device cuda              # 7 min: ratios to the conventional loop
     python tests/study.py --data-dir data --out-dir runs             # 10 min: all trainings; resumes what was stopped
@@ -33,7 +36,9 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -54,6 +59,7 @@ from tests.bench import TRAININGS  # noqa: E402
 CASES = {name: (training.script, training.options) for name, training in TRAININGS.items()} | {
     "dcgan-guo-full-ema": ("dcgan", "--augment full --ema 0.999"),
     "cvaegan-paper": ("cvaegan", "--weights paper"),
+    "large": ("cvaegan", ""),
 }
 EPOCHS = 6  # of two steps: the first three make the optimizers' state, the fourth captures, the fifth replays
 
@@ -75,8 +81,8 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def first_difference(script_name: str, options: list[str], load_data: Callable = load_random) -> str:
-    """The first place at which an eager run and a captured, resumed one differ, or ""."""
+def first_difference(script_name: str, options: list[str], load_data: Callable = load_random, large=False) -> str:
+    """The first place at which an eager run and a captured, resumed one differ, or ""; `large`: off the device."""
     script = importlib.import_module(script_name)
     steps, capture = [], common.capture
 
@@ -86,6 +92,7 @@ def first_difference(script_name: str, options: list[str], load_data: Callable =
 
     def capture_and_keep(step: Callable, device: torch.device) -> Callable:
         steps.append(capture(step, device))
+        torch.backends.cudnn.benchmark = False  # it may choose another algorithm each time
         return steps[-1]
 
     def train(folder: Path, epochs: int, capture: Callable, *more: str) -> dict:
@@ -95,9 +102,13 @@ def first_difference(script_name: str, options: list[str], load_data: Callable =
         return common.load_checkpoint(folder)
 
     batch_size = script.parse_args(options).batch_size
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.ExitStack() as kept:
+        folder = kept.enter_context(tempfile.TemporaryDirectory())
+        kept.enter_context(contextlib.redirect_stdout(io.StringIO()))
         eager = train(Path(folder, "eager"), EPOCHS, lambda step, device: step)
         captured = Path(folder, "captured")
+        if large:
+            kept.enter_context(mock.patch.object(common.Data, "to", lambda data, device: data))
         checkpoint = train(captured, EPOCHS // 2, capture_and_keep)
         for optimizer in checkpoint["optimizers"].values():
             for group in optimizer["param_groups"]:
@@ -109,8 +120,13 @@ def first_difference(script_name: str, options: list[str], load_data: Callable =
             return "the graph, which was not made"
     if torch.device(eager["options"]["device"]).type == "cuda" and not isinstance(steps[-1], common.GraphedStep):
         return "the graph, which was not asked for"
+    return difference(eager, resumed)
+
+
+def difference(one: dict, other: dict) -> str:
+    """The first tensor or figure that two checkpoints don't share, or ""."""
     kinds = ("networks", "optimizers", "history")
-    ours, theirs = (dict(leaves({kind: run[kind] for kind in kinds})) for run in (eager, resumed))
+    ours, theirs = (dict(leaves({kind: run[kind] for kind in kinds})) for run in (one, other))
     if ours.keys() != theirs.keys():
         return min(ours.keys() ^ theirs.keys())
     for path, value in ours.items():
@@ -120,14 +136,59 @@ def first_difference(script_name: str, options: list[str], load_data: Callable =
     return ""
 
 
+def two_processes(options: list[str]) -> str:
+    """The first place at which an unbroken and a resumed run of two processes differ, or ""."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "cvaegan.py"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, epochs, *more in (("one", 2), ("two", 1), ("two", 2, "--resume")):
+            where = ["--dataset", "digits", "--batch-size", "500", "--out-dir", f"{folder}/{name}"]
+            command = [*torchrun, *options, *where, "--epochs", str(epochs), *more]
+            subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True)
+        return difference(*(common.load_checkpoint(Path(folder, name)) for name in ("one", "two")))
+
+
+def measured_twice(options: list[str]) -> str:
+    """The first of compare.py's figures that is another on the device than on the CPU, by more than 1 %, or ""."""
+    import compare
+    import vae
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        vae.main(["--dataset", "digits", "--epochs", "1", *options, "--out-dir", f"{folder}/run"])
+        rows = []
+        for kind in ("cpu", vae.parse_args(options).device):
+            words = [f"{folder}/run", "--data-dir", folder, "--device", kind, "--samples", "1000", "--to"]
+            compare.main([*words, f"{folder}/{kind}"])
+            rows.append(json.loads(Path(f"{folder}/{kind}.json").read_text())["rows"][1])
+    for name in compare.COLUMNS:
+        if abs(rows[0].get(name, 0) - rows[1].get(name, 0)) > 0.01 * abs(rows[0].get(name, 0)):
+            return f"{name}: {rows[0][name]} and {rows[1][name]}"
+    return ""
+
+
+OTHERS = {"processes": two_processes, "compare": measured_twice}
+
+
+def lacking(name: str, options: list[str], load_data: Callable) -> str:
+    """What this machine lacks for a case, or ""."""
+    if name in OTHERS:
+        return "two cards" if name == "processes" and "cuda" in options and torch.cuda.device_count() < 2 else ""
+    script, words = CASES[name]
+    args = importlib.import_module(script).parse_args([*words.split(), *options])
+    try:
+        load_data(args.dataset, args.data_dir, size=getattr(args, "image_size", None))
+    except common.UserError as error:
+        return str(error)
+    return ""
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (all)")
+    parser.add_argument("names", nargs="*", metavar="CASE", help=f"of {', '.join([*CASES, *OTHERS])} (all)")
     parser.add_argument("--data-dir", help="folder with MNIST/raw and anime; what it lacks is left out (random images)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu: two eager runs (cuda)")
     options = parser.parse_args(argv)
-    if unknown := set(options.names) - set(CASES):
-        parser.error(f"no case named {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
+    if unknown := set(options.names) - {*CASES, *OTHERS}:
+        parser.error(f"no case named {', '.join(sorted(unknown))}: there are {', '.join([*CASES, *OTHERS])}")
     if options.device == "cuda":
         if not torch.cuda.is_available():
             parser.error("this machine has no CUDA: --device cpu compares two eager runs")
@@ -136,25 +197,25 @@ def main(argv: list[str] | None = None) -> None:
 
     load_data = functools.cache(common.load_data) if options.data_dir else load_random
     differing = []
-    for name in options.names or CASES:
-        script, own_options = CASES[name]
-        own_options = [*own_options.split(), "--device", options.device, "--data-dir", options.data_dir or "data"]
-        try:
-            args = importlib.import_module(script).parse_args(own_options)
-            load_data(args.dataset, args.data_dir, size=getattr(args, "image_size", None))
-        except common.UserError as error:
-            print(f"{name:20} left out: {error}")
+    for name in options.names or [*CASES, *OTHERS]:
+        words = ["--device", options.device, "--data-dir", options.data_dir or "data"]
+        if lack := lacking(name, words, load_data):
+            print(f"{name:20} left out: {lack}")
             continue
         for precision in ("fp32", "bf16"):
-            start = time.perf_counter()
+            start, words_now = time.perf_counter(), [*words, "--precision", precision]
             try:
-                difference = first_difference(script, [*own_options, "--precision", precision], load_data)
+                if name in OTHERS:
+                    found = OTHERS[name](words_now)
+                else:
+                    script, own_words = CASES[name]
+                    found = first_difference(script, [*own_words.split(), *words_now], load_data, name == "large")
             except (Exception, SystemExit):  # the other cases are worth their time
                 traceback.print_exc()
-                difference = "the run, which failed"
-            told = f"differs first in {difference}" if difference else "equal"
+                found = "the run, which failed"
+            told = f"differs first in {found}" if found else "equal"
             print(f"{name:20}{precision:>6}{time.perf_counter() - start:>8.1f} s  {told}", flush=True)
-            differing += [f"{name} in {precision}"] if difference else []
+            differing += [f"{name} in {precision}"] if found else []
     if differing:
         print(f"not equal: {', '.join(differing)}", file=sys.stderr)
         raise SystemExit(1)

@@ -62,7 +62,7 @@ def load_judged(dataset: str, data_dir: str) -> tuple[torch.nn.Sequential, float
     """A data set's judge, and the share of its test images of whose class that is unsure."""
     device, autocast = torch.device("cpu"), torch.autocast("cpu", torch.bfloat16, enabled=False)
     train, test = (common.load_data(dataset, data_dir, train=part) for part in (True, False))
-    judge = compare.load_judge(Path(data_dir, f"judge-{dataset}.pt"), train, device, autocast)
+    judge, _ = compare.load_judge(Path(data_dir, f"judge-{dataset}.pt"), train, device, autocast)
     return judge, (trust(judge, test.images).amax(1) < 0.9).double().mean().item()
 
 

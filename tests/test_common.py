@@ -248,6 +248,20 @@ class Malicious:
         return os.mkdir, ("was-run",)
 
 
+def test_a_checkpoint_tells_what_made_it_and_a_resume_what_changes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = "--dataset digits --batch-size 5000 --device cpu --epochs".split()
+    gan.main([*run, "1", "--precision", "fp32"])
+    gan.main([*run, "2", "--precision", "fp32", "--resume"])
+    assert "from here on" not in capsys.readouterr().out
+    gan.main([*run, "3", "--precision", "bf16", "--resume"])
+    assert "gan: from here on rounded otherwise: precision fp32 is now bf16\n" in capsys.readouterr().out
+    first, second = common.load_checkpoint("runs/gan-guo-digits")["arithmetic"]
+    assert (first["precision"], first["from_epoch"]) == ("fp32", 1)
+    assert second == first | dict(precision="bf16", from_epoch=3)
+    assert first["torch"] == torch.__version__ and first["threads"] == 1 and first["device"].startswith("cpu, ")
+
+
 def checkpoint_file(tmp_path, kind: str):
     """A run's folder with a checkpoint that must be refused."""
     folder, buffer = tmp_path / "run", io.BytesIO()

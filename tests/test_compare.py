@@ -1,6 +1,7 @@
 """compare.py: every figure against an independent computation, the judge, the tables, grids; tests/study.py."""
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -150,11 +151,12 @@ def test_augmentations():
 
 def test_judge_learns_and_is_kept(quick, digits, monkeypatch, capsys):
     file = quick / "data" / "judge-digits.pt"
-    judge = compare.load_judge(file, digits[0], CPU, FP32)
+    judge, judge_hash = compare.load_judge(file, digits[0], CPU, FP32)
     assert "training the judge" in capsys.readouterr().out
     features, classes = compare.judge_images(judge, digits[1].images, CPU)
     assert features.shape == (400, 128) and (classes == digits[1].labels).float().mean() > 0.7  # after forty steps
-    again = compare.load_judge(file, digits[0], CPU, FP32)
+    again, again_hash = compare.load_judge(file, digits[0], CPU, FP32)
+    assert again_hash == judge_hash == hashlib.sha256(file.read_bytes()).hexdigest()
     assert not capsys.readouterr().out and torch.equal(compare.judge_images(again, digits[1].images, CPU)[0], features)
     monkeypatch.setattr(compare, "train_judge", lambda *_: judge)
     compare.load_judge(file, common.Data(255 - digits[0].images, digits[0].labels), CPU, FP32)
@@ -198,12 +200,15 @@ def fifth(quick, digits, monkeypatch):
 
 def test_a_fifth_model_joins_and_every_file_agrees(fifth, quick, capsys):
     under_way = dict(epoch=1, history=[{"epoch": 1, "seconds": 30.0, "images per second": 100.0}])
-    folders = [fifth("plain"), fifth("one/twin", classes=10), fifth("other/twin", vae=True, **under_way)]
+    bf16, fp32 = ([dict(torch="2.14", device="cpu", precision=precision)] for precision in ("bf16", "fp32"))
+    folders = [fifth("plain", arithmetic=bf16), fifth("one/twin", classes=10, arithmetic=fp32)]
+    folders += [fifth("other/twin", vae=True, **under_way)]
     compare.main([*folders, "absent", "--samples", "200", "--to", "out/results"])
     text = capsys.readouterr().out
+    assert "the runs on digits were not all trained with the same precision (bf16, fp32)" in text
     assert "compare: left out: absent holds no run" in text and (quick / "data" / "judge-digits.pt").is_file()
     results = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
-    assert results["samples"] == 200 and results["judge_accuracy"]["digits"] > 0.7
+    assert results["samples"] == 200 and results["judges"]["digits"]["accuracy"] > 0.7
     assert [row["run"] for row in results["rows"]] == ["real images", "plain", *folders[1:]]  # equal names told apart
     _, plain, by_class, likelihood = results["rows"]
     assert plain["parameters"] == 1234 and plain["epochs"] == 2 and plain["minutes"] == 1 and plain["images/s"] == 150

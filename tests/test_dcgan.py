@@ -1,7 +1,9 @@
 """dcgan.py: networks, initial weights, augmentation, the average, batch norm when sampling."""
 
+import copy
 import math
 from argparse import Namespace
+from unittest import mock
 
 import pytest
 import torch
@@ -27,12 +29,12 @@ def trained(steps: int = 0, batch: int = 4, autocast: torch.autocast = FP32, **c
     optimizers = dcgan.make_optimizers(args, networks)
     step = dcgan.make_step(args, CPU, autocast, networks, optimizers)
     if args.ema:
-        networks["average"] = dcgan.make_average(networks["generator"], args.ema)
-    for _ in range(steps):
+        networks["average"] = copy.deepcopy(networks["generator"])
+    for i in range(1, steps + 1):
         losses = step(noise(batch, args))
         assert all(loss.isfinite() for loss in losses.values())
         if args.ema:
-            networks["average"].update_parameters(networks["generator"])
+            dcgan.update_average(networks["average"], networks["generator"], i, args.ema)
     return args, networks, optimizers, step
 
 
@@ -164,6 +166,17 @@ def test_the_discriminator_sees_real_and_generated_images_in_batches_of_their_ow
 
 
 # ---------------------------------------------------------------------------------------------- augmentation
+@pytest.mark.parametrize(
+    "dataset, augment, mirrored", [("digits", "full", 0), ("digits", "flip", 1), ("faces", "full", 1)]
+)
+def test_digits_are_mirrored_only_when_asked_to(dataset, augment, mirrored, monkeypatch):
+    args, _, _, step = trained(dataset=dataset, augment=augment, image_size=28 if dataset == "digits" else 32)
+    flips = mock.Mock(side_effect=lambda images: images)
+    monkeypatch.setattr(dcgan, "flip", flips)
+    step(noise(4, args))
+    assert flips.call_count == mirrored
+
+
 def test_flips_mirror_half_of_the_images():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (400, 1, 4, 4), dtype=torch.uint8)
@@ -224,24 +237,25 @@ def test_a_sample_depends_on_its_latent_alone_and_changes_no_network(changes):
 
 
 def test_the_average_follows_weights_and_batch_statistics():
-    """To the bit: lerp by max(1 - decay, 10 / (10 + updates)), at first all of the new weights; counts are copied."""
+    """To the bit: lerp by max(1 - decay, 10 / (9 + steps)), at first all of the new weights."""
     torch.manual_seed(0)
     generator = dcgan.build(options(features=8))["generator"]
-    average = dcgan.make_average(generator, decay=0.8)
+    average = copy.deepcopy(generator)
     expected, weight = {}, None
     for update in range(60):
         with torch.no_grad():
             for value in generator.state_dict().values():
                 value += torch.randn_like(value) if value.is_floating_point() else 1
-        average.update_parameters(generator)
+        dcgan.update_average(average, generator, update + 1, decay=0.8)
         weight = max(10 / (10 + update), 1 - 0.8)
         for key, value in generator.state_dict().items():
             new = value.clone()
-            expected[key] = expected.get(key, new).lerp(new, weight) if new.is_floating_point() else new
+            if new.is_floating_point():
+                expected[key] = expected.get(key, new).lerp(new, weight)
     assert weight == 1 - 0.8
-    assert {"2.running_mean", "2.running_var", "2.num_batches_tracked", "1.weight"} <= set(expected)
-    for key, value in average.module.state_dict().items():
-        assert torch.equal(value, expected[key]), key
+    assert {"2.running_mean", "2.running_var", "1.weight"} <= set(expected)
+    for key, value in expected.items():
+        assert torch.equal(average.state_dict()[key], value), key
     assert all(p.data_ptr() != q.data_ptr() for p, q in zip(average.parameters(), generator.parameters()))
 
 

@@ -1,6 +1,7 @@
 """tests/gpu.py on the CPU, and the scripts' way to a GPU as far as a CPU can show it."""
 
 import contextlib
+import importlib
 import subprocess
 import sys
 import types
@@ -11,7 +12,7 @@ import torch
 
 import common
 from tests import gpu
-from tests.conftest import ROOT, write_idx
+from tests.conftest import BF16, ROOT, TRAININGS, write_idx
 
 LONGER = [pytest.param(name, marks=pytest.mark.full) for name in gpu.CASES if name not in ("gan-banerjee", "cvaegan")]
 
@@ -61,6 +62,36 @@ def test_a_resumed_optimizer_runs_as_its_own_device_wants():
     assert own.state_dict()["state"][0]["step"] == 1
 
 
+def test_a_resumed_optimizer_has_its_parameters_layout_and_shapes():
+    """A run of the CPU, in channels-last, goes on on a device without: the fused kernel walks memory."""
+    saved = torch.nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    optimizer = common.adam(saved.parameters(), 0.1)
+    common.descend(saved(torch.rand(1, 3, 4, 4)).square().sum(), optimizer)
+    expected = optimizer.state_dict()["state"][0]["exp_avg"]
+    own = torch.nn.Conv2d(3, 4, 2)
+    resumed = common.adam(own.parameters(), 0.1)
+    common.restore({"adam": resumed}, {"adam": optimizer.state_dict()})
+    moment = resumed.state[own.weight]["exp_avg"]
+    assert moment.stride() == own.weight.stride() != expected.stride() and torch.equal(moment, expected)
+    other = common.adam(torch.nn.Conv2d(3, 4, 3).parameters(), 0.1)
+    with pytest.raises(common.UserError, match="does not fit"):
+        common.restore({"adam": other}, {"adam": optimizer.state_dict()})
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_networks_are_channels_last_on_the_cpu_and_on_no_device_that_is_unknown(name):
+    """The device "meta" stands for Apple's mps, which no test machine has: neither is the CPU or CUDA."""
+    module, kernels = importlib.import_module(name.split("-")[0]), {}
+    for device in ("cpu", "meta"):
+        for key, network in module.build(module.parse_args(TRAININGS[name].split())).items():
+            for part, weight in common.to_device(network, torch.device(device), BF16).named_parameters():
+                if weight.dim() == 4 and min(weight.shape[1:]) > 1:
+                    kernels[device, key, part] = weight
+    for (device, *_), weight in kernels.items():
+        assert weight.is_contiguous(memory_format=torch.channels_last) == (device == "cpu")
+        assert weight.is_contiguous() == (device == "meta")
+
+
 def test_a_graph_needs_cuda_and_one_process_and_can_be_switched_off(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(common, "GraphedStep", lambda step: "graph")
@@ -81,15 +112,28 @@ def test_more_processes_than_gpus_are_told(monkeypatch):
         common.choose_device(types.SimpleNamespace(device="cuda"))
 
 
+def test_a_card_that_torch_has_no_kernels_for_is_a_line(monkeypatch):
+    def zeros(*shape, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(common.UserError, match="no kernel image is available .*: take --device cpu"):
+        common.choose_device(types.SimpleNamespace(device="cpu"))
+
+
 @pytest.mark.parametrize("error", [None, RuntimeError("operation not permitted"), torch.OutOfMemoryError()])
 def test_a_step_is_captured_at_the_fourth_call_or_ends_with_a_line(error, monkeypatch):
     """Of torch.cuda no more than the calls of GraphedStep: a replay does nothing, a capture may fail."""
 
     @contextlib.contextmanager
     def capture(graph, stream):
-        yield
-        if error:
-            raise error
+        try:
+            yield
+            if error:
+                raise error
+        finally:
+            if error:
+                raise RuntimeError("the end of a capture that failed")
 
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
@@ -101,7 +145,7 @@ def test_a_step_is_captured_at_the_fourth_call_or_ends_with_a_line(error, monkey
     step = mock.Mock(side_effect=lambda images: {"loss": (images * weight).sum()})
     graphed = common.GraphedStep(step)
     kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else common.UserError
-    with pytest.raises(kind, match="CUDA_GRAPH=0|^$") if error else contextlib.nullcontext():
+    with pytest.raises(kind, match="not permitted.*CUDA_GRAPH=0|^$") if error else contextlib.nullcontext():
         for i in range(6):
             losses = graphed(torch.full((2,), float(i)))
             assert not losses["loss"].requires_grad
