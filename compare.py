@@ -1,15 +1,19 @@
 """Measure finished runs side by side; the figures replace visual comparison. No trained network is downloaded.
 
+    python compare.py assets/trained/*               # the trained models that come with these scripts
     python compare.py runs/*                         # a table of all runs, and comparison.{md,csv,json,png}
+    python compare.py assets/trained/* my/samples    # beside them a folder of pictures, whatever drew them
     python compare.py --grid gan.py --lr 1e-4 2e-4 3e-4 --batch-size 64 128 --epochs 5     # a grid search
     python compare.py --grid vae.py --epochs 5 --repeat 3               # mean and deviation over three seeds
 
 Each run draws 10,000 samples, rounded to bytes as the data are. They are measured against the test images. A folder has
 no test images: a random half of it is measured against. In the row "real images" training images (of a folder the other
-half) take the place of samples. A perfect model would get that row's figures.
+half) take the place of samples. A perfect model would get that row's figures. NAME, NAME-seed1, NAME-seed2 ... are one
+row, of means and deviations (n - 1). Pictures are 28x28, at least 1,000; with fewer than 10,000 Frechet is larger.
 
     parameters     weights of all networks
     epochs         of the training; "40 of 100" if it has not reached the number it was asked for
+    seeds          runs of which the row holds means
     minutes        of the training; images/s is the median of its epochs
     Frechet        distance of the features of samples and real images, in percent of the real features' variance: 0 is
                    perfect, 100 is a model that repeats one image with average features (Heusel et al. 2017)
@@ -26,8 +30,8 @@ half) take the place of samples. A perfect model would get that row's figures.
     ELBO [nats]    lower bound on log p(x), mean over the test images; models with a likelihood
     bound [nats]   importance-weighted lower bound, a tighter one: the ELBO plus the gap between both on 250 test images
 
-Features are those of the judge, a small network. It is trained once on the training images and kept in the data folder:
-105 seconds on 2 cores with bfloat16 (AMD EPYC, Zen 4, torch 2.15), 205 without (Intel Xeon, Ice Lake, torch 2.14.1).
+Features are those of the judge, a small network. MNIST's is assets/judge-mnist.pt, so that everybody's figures compare.
+Other images' is trained once, on the training images, and kept in the data folder: about two minutes on 2 cores.
 With labels it classifies images, sound and badly drawn: 99.4 % of MNIST's test images right. Without labels it learns
 to know an image by any crop of it (Chen et al. 2020), at 32x32 pixels: it sees poses, colours and layouts, and no fine
 detail. Wasserstein and sharpness see fine detail and no layout. Figures of two judges, or of two data sets, can't be
@@ -45,6 +49,7 @@ order: the judge, the measures, the table of a data set, a run's folder, what is
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "pillow>=10.1"]
 # ///
 
+import argparse
 import contextlib
 import csv
 import glob
@@ -54,6 +59,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -77,9 +83,9 @@ MNIST_JUDGE = Path(__file__).with_name("assets") / "judge-mnist.pt"  # the same 
 LEAST_STEPS, MOST_STEPS = 250, 1200  # of the judge: five epochs of MNIST, more of smaller sets
 JUDGE = dict(version=1, batch_size=256, lr=5e-3, widths=[32, 64, 128], features=128, shift=2, temperature=0.2)
 COLUMNS = {  # figure: digits after the point
-    "parameters": 0, "epochs": 0, "minutes": 1, "images/s": 0, "Frechet": 2, "precision": 3, "recall": 3, "classes": 0,
-    "KL [nats]": 3, "Wasserstein": 1, "sharpness": 2, "noise": 2, "walk": 3, "agreement": 4, "ELBO [nats]": 1,
-    "bound [nats]": 1,
+    "parameters": 0, "epochs": 0, "seeds": 0, "minutes": 1, "images/s": 0, "Frechet": 2, "precision": 3, "recall": 3,
+    "classes": 0, "KL [nats]": 3, "Wasserstein": 1, "sharpness": 2, "noise": 2, "walk": 3, "agreement": 4,
+    "ELBO [nats]": 1, "bound [nats]": 1,
 }  # fmt: skip
 
 
@@ -347,8 +353,12 @@ class Table:
             figures["agreement"] = (classes == labels).double().mean().item()
         return figures
 
+    def add_pictures(self, pictures: Tensor, row: dict, count: int) -> None:
+        """The row of `count` pictures at most, uint8 (N, 1, 28, 28), in random order."""
+        self.rows.append(row | self.measure(pictures[:count], None) | {"pictures": pictures[:20]})
+
     def add(self, sampler: common.Sampler, row: dict, count: int) -> None:
-        """Complete a run's row: figures of `count` samples, and as pictures twelve of them, then a walk in eight."""
+        """The row of a run: figures of `count` samples, and as pictures twelve of them, then a walk in eight."""
         chunks, labels = zip(*common.draw(sampler, count, 0, self.device))
         images = torch.cat(chunks)
         row |= self.measure(images, torch.cat(labels) if sampler.classes else None)
@@ -375,18 +385,46 @@ def scripts() -> set[str]:
 
 
 class Measurable(NamedTuple):
-    """A run that can be measured."""
+    """A run, or a folder of pictures, that can be measured."""
 
-    origin: tuple[str, int | None, str]  # of its images: data set, side in pixels if a folder's, data folder
-    digest: str | None  # of its images; earlier versions kept none
-    sampler: common.Sampler
+    origin: tuple[str, int | None, str]  # of the real images: data set, side in pixels if a folder's, data folder
+    digest: str  # of the real images
     row: dict
+    sampler: common.Sampler | None = None
+    pictures: Tensor | None = None
 
 
-def load_run(folder: str | Path, args: Namespace, device: torch.device) -> Measurable:
-    """A run's images, sampler and row so far. UserError if it can't be read."""
-    if not Path(folder, "checkpoint.pt").is_file():
-        raise common.UserError(f"{folder} holds no run: there is no checkpoint.pt in it")
+def load_pictures(folder: Path, args: Namespace) -> Measurable:
+    """A folder of at least 1,000 pictures of 28x28, grey or RGB, whatever drew them, in random order."""
+    names, pixels = common.list_pictures(folder), bytearray()
+    if len(names) < 1000:
+        raise common.UserError(f"{folder} holds no run and {len(names):,} pictures: at least 1,000 can be measured")
+    for name in names:
+        try:
+            picture = common.open_picture(folder / name).convert("L")
+        except ValueError as error:
+            raise common.UserError(f"{folder / name} can't be read: {error}") from error
+        if picture.size != (28, 28):
+            raise common.UserError(f"{folder / name} has {picture.width}x{picture.height} pixels, not 28x28")
+        pixels += picture.tobytes()
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))  # files may be sorted by class
+    pictures = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 1, 28, 28)[order]
+    origin = (args.dataset if args.dataset in common.LABELLED else "mnist", None, args.data_dir or "data")
+    count = min(len(pictures), args.samples)
+    row = {"run": f"{folder.resolve().name} ({count:,} pictures)"}
+    return Measurable(origin, common.load_data(origin[0], origin[2]).digest(), row, pictures=pictures)
+
+
+def load_run(folder: Path, args: Namespace, device: torch.device) -> Measurable:
+    """A run's images, sampler and row so far, or a folder of pictures. UserError if it can't be read."""
+    if folder.name == "checkpoint.pt":
+        folder = folder.parent
+    if not folder.is_dir():
+        raise common.UserError(f"there is no folder {folder}")
+    if not (folder / "checkpoint.pt").is_file():
+        if any(folder.glob("*/checkpoint.pt")):
+            raise common.UserError(f"{folder} holds runs and is none: name {folder}/*")
+        return load_pictures(folder, args)
     checkpoint = common.load_checkpoint(folder)
     script, options, history = checkpoint["script"], checkpoint["options"], checkpoint["history"]
     # The checkpoint may be anybody's: it may name no code but the scripts beside this one.
@@ -394,7 +432,7 @@ def load_run(folder: str | Path, args: Namespace, device: torch.device) -> Measu
         raise common.UserError(f"{folder} is a run of {script!r}: there is no such script here")
     try:
         sampler = importlib.import_module(script).load_sampler(checkpoint, device)
-        row = {"run": Path(folder).resolve().name, "parameters": sampler.parameters, "epochs": len(history)}
+        row = {"run": folder.resolve().name, "parameters": sampler.parameters, "epochs": len(history)}
         row["minutes"] = sum(epoch["seconds"] for epoch in history) / 60
         row["images/s"] = statistics.median(epoch["images per second"] for epoch in history)
         row["arithmetic"] = checkpoint.get("arithmetic", [])  # earlier versions kept none
@@ -404,37 +442,37 @@ def load_run(folder: str | Path, args: Namespace, device: torch.device) -> Measu
         dataset = common.absolute_path(args.dataset) if args.dataset and size else options["dataset"]
         data_dir = args.data_dir or options.get("data_dir", "data")
         data_dir = data_dir if Path(data_dir).is_dir() else "data"  # the run's is of another machine
-        return Measurable((dataset, size, data_dir), checkpoint.get("data"), sampler, row)
+        return Measurable((dataset, size, data_dir), checkpoint["data"], row, sampler)
     except Exception as error:  # a damaged checkpoint raises whatever its contents lead to
         why = f"{type(error).__name__}: {error}"
         raise common.UserError(f"{folder}: the checkpoint is damaged or of another version ({why})") from error
 
 
 def compare(folders: list, args: Namespace, device: torch.device, autocast: torch.autocast) -> list[Table]:
-    """Measure the runs in these folders: a table for each data set among them. What is no run is told."""
-    runs = {}
-    for folder in folders:
+    """Measure the runs in these folders: a table for each data set among them. What can't be measured is told."""
+    tables, names = {}, [Path(folder).resolve().name for folder in folders]
+    for i, (folder, name) in enumerate(zip(folders, names), start=1):
         try:
-            runs[folder] = load_run(folder, args, device)
+            run = load_run(Path(folder), args, device)
+            table = tables.get(run.digest) or Table(*run.origin, device, autocast)
+            if table.digest != run.digest:
+                way_out = "name the place of its own with --data-dir or --dataset"
+                raise common.UserError(f"{folder} was trained on other images than {run.origin[0]}: {way_out}")
         except common.UserError as error:
             if len(folders) == 1:
                 raise
             print(f"compare: left out: {error}", flush=True)
-    if not runs:
-        raise common.UserError("there is no run in these folders")
-    names = [run.row["run"] for run in runs.values()]
-    tables = {}
-    for i, (folder, run) in enumerate(runs.items(), start=1):
-        if names.count(run.row["run"]) > 1:
+            continue
+        tables[run.digest] = table
+        if names.count(name) > 1:
             run.row["run"] = str(folder)
-        known = run.digest or run.origin
-        if known not in tables:
-            tables[known] = Table(*run.origin, device, autocast)
-        if run.digest not in (None, tables[known].digest):
-            way_out = "name the place of its own with --data-dir or --dataset"
-            raise common.UserError(f"{folder} was trained on other images than {run.origin[0]}: {way_out}")
-        print(f"compare: measuring {run.row['run']}, {i} of {len(runs)}", flush=True)
-        tables[known].add(run.sampler, run.row, args.samples)
+        print(f"compare: measuring {run.row['run']}, {i} of {len(folders)}", flush=True)
+        if run.sampler:
+            table.add(run.sampler, run.row, args.samples)
+        else:
+            table.add_pictures(run.pictures, run.row, args.samples)
+    if not tables:
+        raise common.UserError("there is nothing to measure in these folders")
     return list(tables.values())
 
 
@@ -559,17 +597,20 @@ def train_trials(script: str, trials: dict[Path, tuple[str, list[str]]]) -> None
         raise common.UserError("no run of the grid ended well")
 
 
-def rank(rows: list[dict], labels: list[str]) -> list[dict]:
-    """A row a label, with means and deviations over its runs, the smallest Frechet distance first."""
-    ranked = []
+def merge(rows: list[dict], labels: list[str]) -> list[dict]:
+    """A row a label, with means and deviations (n - 1) over its runs."""
+    merged = []
     for label in dict.fromkeys(labels):
         seeds = [row for row, own in zip(rows, labels) if own == label]
-        figures = {name: [row[name] for row in seeds] for name in COLUMNS if name in seeds[0]}
-        row = seeds[0] | {"run": label} | {name: statistics.fmean(values) for name, values in figures.items()}
+        row = seeds[0] | {"run": label}
         if len(seeds) > 1:
-            row |= {f"{name} deviation": statistics.stdev(values) for name, values in figures.items()}
-        ranked.append(row)
-    return sorted(ranked, key=lambda row: row["Frechet"])
+            row |= {"seeds": len(seeds), "arithmetic": [part for seed in seeds for part in seed["arithmetic"]]}
+            for name in COLUMNS:
+                values = [seed[name] for seed in seeds if name in seed]
+                if len(set(values)) > 1:
+                    row |= {name: statistics.fmean(values), f"{name} deviation": statistics.stdev(values)}
+        merged.append(row)
+    return merged
 
 
 def run(args: Namespace) -> None:
@@ -578,7 +619,10 @@ def run(args: Namespace) -> None:
     autocast = common.choose_autocast(args, device)
     if args.grid is None:  # not all shells expand runs/*
         folders = [folder for name in args.words for folder in sorted(glob.glob(name)) or [name]]
-        report(compare(folders, args, device, autocast), args)
+        tables = compare(folders, args, device, autocast)
+        for table in tables:
+            table.rows[1:] = merge(table.rows[1:], [re.sub(r"-seed\d+$", "", row["run"]) for row in table.rows[1:]])
+        report(tables, args)
         return
     script = Path(__file__).with_name(args.grid.removesuffix(".py") + ".py")
     trials = list_trials(script.stem, args)
@@ -588,7 +632,7 @@ def run(args: Namespace) -> None:
     best = []
     for table in tables:  # several, if the size of the images varies
         labels = [by_name[row["run"]][0] for row in table.rows[1:]]
-        table.rows[1:] = rank(table.rows[1:], labels)
+        table.rows[1:] = sorted(merge(table.rows[1:], labels), key=lambda row: row["Frechet"])
         best.append(next(words for label, words in trials.values() if label == table.rows[1]["run"]))
     report(tables, args)
     for table, words in zip(tables, best):
@@ -599,7 +643,8 @@ def run(args: Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Our options, and as `words` all others in order: folders, or what follows --grid SCRIPT."""
     usage = "compare.py [options] RUN ... | compare.py [options] --grid SCRIPT [its options, with several values]"
-    parser = common.Parser("compare.py", usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    shown = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # it explains the columns
+    parser = common.Parser("compare.py", usage=usage, allow_abbrev=False, **shown)
     add = parser.add_argument
     add("--grid", nargs="?", const="", metavar="SCRIPT", help="train all combinations of SCRIPT's options; rank them")
     add("--repeat", type=common.number(int, 1), default=1, metavar="N", help="seeds of each combination (1)")
@@ -607,7 +652,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     prefix = "writes PREFIX.md, .csv, .json and .png (comparison)"
     add("--to", type=os.path.expanduser, default="comparison", metavar="PREFIX", help=prefix)
     add("--data-dir", type=common.absolute_path, metavar="DIR", help="folder of data sets and judges (each run's)")
-    add("--dataset", metavar="DIR", help="a folder's images, if they moved (each run's)")
+    moved = "pictures: of which data set (mnist); a run on a folder: where its images are now"
+    add("--dataset", metavar="NAME", help=moved)
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes an accelerator if any")
     parser.set_defaults(script="compare", precision="auto")
     args, args.words = parser.parse_known_args(argv)
@@ -623,7 +669,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             run(parse_args(argv))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("interrupted: the same command goes on") from None
+            raise KeyboardInterrupt("interrupted: the same command goes on with a grid, else starts anew") from None
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def draw_figure(folders: list[str]) -> Image.Image:
     """A grid of samples of each run, all of about one size, under the names of the models."""
     panels = []
     for folder in folders:
-        sampler = compare.load_run(folder, compare.parse_args([folder]), torch.device("cpu")).sampler
+        sampler = compare.load_run(Path(folder), compare.parse_args([folder]), torch.device("cpu")).sampler
         images = common.to_unit(torch.cat([images for images, _ in common.draw(sampler, 64, 0, "cpu")]))
         images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))
         columns = 466 // (images.shape[-1] + 2)  # eight of digits, seven of faces
@@ -108,7 +108,7 @@ def read_grid(path: Path) -> torch.Tensor:
 def measure_claims(folder: str, options: argparse.Namespace) -> str:
     """The line of a run for --claims."""
     device, args = torch.device("cpu"), compare.parse_args([folder, "--data-dir", options.data_dir])
-    run, checkpoint = compare.load_run(folder, args, device), common.load_checkpoint(folder)
+    run, checkpoint = compare.load_run(Path(folder), args, device), common.load_checkpoint(folder)
     dataset, epochs = checkpoint["options"]["dataset"], len(checkpoint["history"])
     if dataset not in common.LABELLED:
         return f"{run.row['run']}: a data set without classes"

@@ -189,6 +189,7 @@ def fifth(quick, digits, monkeypatch):
     def make(name, classes=0, vae=False, **changes):
         checkpoint = dict(format=common.CHECKPOINT_FORMAT, script="fifth", epoch=2, networks={}, optimizers={})
         checkpoint["options"] = dict(dataset="digits", epochs=2, classes=classes, vae=vae)
+        checkpoint["data"] = digits[0].digest()
         checkpoint["history"] = [{"epoch": i, "seconds": 30.0, "images per second": 100.0 * i} for i in (1, 2)]
         folder = quick / "runs" / name
         folder.mkdir(parents=True)
@@ -206,7 +207,7 @@ def test_a_fifth_model_joins_and_every_file_agrees(fifth, quick, capsys):
     compare.main([*folders, "absent", "--samples", "200", "--to", "out/results"])
     text = capsys.readouterr().out
     assert "the runs on digits were not all trained with the same precision (bf16, fp32)" in text
-    assert "compare: left out: absent holds no run" in text and (quick / "data" / "judge-digits.pt").is_file()
+    assert "compare: left out: there is no folder absent" in text and (quick / "data" / "judge-digits.pt").is_file()
     results = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
     assert results["samples"] == 200 and results["judges"]["digits"]["accuracy"] > 0.7
     assert [row["run"] for row in results["rows"]] == ["real images", "plain", *folders[1:]]  # equal names told apart
@@ -227,6 +228,24 @@ def test_a_fifth_model_joins_and_every_file_agrees(fifth, quick, capsys):
     assert float(row["Frechet"]) == plain["Frechet"] and floor["epochs"] == ""
     width, height = Image.open("out/results.png").size
     assert width > 1000 and height > 4 * 60
+
+
+def test_a_folder_of_pictures_is_a_row_and_seeds_of_one_run_are_one(fifth, quick, digits, refusal):
+    for i, image in enumerate(digits[1].images.repeat(3, 1, 1, 1)[:1000]):
+        picture = common.to_picture(image)
+        common.write_picture(quick / "theirs" / f"{i % 10}" / f"{i}.png", picture.convert("RGB") if i % 2 else picture)
+    runs = [fifth("own"), fifth("own-seed1"), fifth("other", classes=10)]
+    compare.main(["theirs", *runs, "--dataset", "digits", "--samples", "900"])
+    _, theirs, own, other = json.loads(Path("comparison.json").read_text())["rows"]
+    assert theirs["run"] == "theirs (900 pictures)" and theirs["precision"] > 0.9 and theirs["Frechet"] < 5
+    assert (own["run"], own["seeds"], own["parameters"]) == ("own", 2, 1234) and "seeds" not in other
+    Image.new("L", (32, 32)).save(quick / "theirs" / "5" / "5.png")
+    assert "5.png has 32x32 pixels, not 28x28" in refusal("compare", "theirs")
+    (quick / "theirs" / "5" / "5.png").unlink()
+    assert "theirs holds no run and 999 pictures" in refusal("compare", "theirs")
+    assert "runs holds runs and is none: name runs/*" in refusal("compare", "runs")
+    compare.main([f"{runs[0]}/checkpoint.pt", "--samples", "100"])
+    assert json.loads(Path("comparison.json").read_text())["rows"][1]["run"] == "own"
 
 
 def test_twenty_images_that_moved_are_enough_and_others_are_refused(quick, monkeypatch, refusal):
@@ -295,7 +314,7 @@ def test_grid_trains_ranks_and_resumes(quick, monkeypatch, capsys):
     command = "--grid gan.py --dataset digits --lr 1e-9 1e-3 --epochs 1 --batch-size=200 --repeat 2 --samples 150"
     with pytest.raises(SystemExit, match="130"):
         compare.main(command.split())
-    assert "compare.py: interrupted: the same command goes on" in capsys.readouterr().err
+    assert "compare.py: interrupted: the same command goes on with a grid" in capsys.readouterr().err
     compare.main(command.split())
     assert len(commands) == 4  # the first two are not trained again
     text = capsys.readouterr().out
@@ -306,6 +325,7 @@ def test_grid_trains_ranks_and_resumes(quick, monkeypatch, capsys):
     assert [row["run"] for row in rows] == ["real images", "lr 1e-3", "lr 1e-9"]
     assert rows[1]["Frechet"] < rows[2]["Frechet"]
     runs = sorted((quick / "grids").glob("*lr=1e-3*"))
+    assert rows[1]["seeds"] == 2 and isinstance(rows[1]["parameters"], int) and "parameters deviation" not in rows[1]
     tables = compare.compare(runs, Namespace(samples=150, data_dir=None, dataset=None), CPU, FP32)
     found = np.array([row["Frechet"] for row in tables[0].rows[1:]])
     assert rows[1]["Frechet"] == pytest.approx(found.mean())
@@ -335,7 +355,7 @@ def test_the_study_trains_what_it_is_asked_to_measures_it_and_draws_it(quick, mo
     with pytest.raises(SystemExit, match="2"):
         study.main(claims)
     out, err = capsys.readouterr()
-    assert err.startswith("study.py: error: runs/absent holds no run")  # the others are measured
+    assert err.startswith("study.py: error: there is no folder runs/absent")  # the others are measured
     classes, gan = out.splitlines()[-2:]
     assert re.fullmatch(r"gan-guo: unsure [\d.]+% \(real [\d.]+%; .+\); kept 1-2: [01]\.\d\d", gan)
     number = r"(-?[\d.]+)"
