@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 LABELLED = ("mnist", "fashion", "digits")  # data sets of 28x28 grey images in ten classes
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 CHECKPOINT_FORMAT = 1
-NOT_KEPT = {"script", "out_dir", "resume", "sample", "to", "label", "evaluate", "checkpoint", "arithmetic"}
+NOT_KEPT = "script out_dir init resume sample walk to label evaluate checkpoint arithmetic".split()  # in a checkpoint
 TEMPORARY = f".*.{'[0-9a-f]' * 12}.tmp"  # the names of `replacing`
 SAVE_SECONDS = 10  # between two checkpoints, when epochs are shorter
 COLOURS = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()
@@ -138,7 +139,10 @@ class Progress:
 
 # --------------------------------------------------------------------------------- the command line
 class Parser(argparse.ArgumentParser):
-    """A parser that raises UserError for a mistake."""
+    """A parser that raises UserError for a mistake; `doc` is the program's docstring, which python -OO leaves out."""
+
+    def __init__(self, program: str, doc: str | None, **options):
+        super().__init__(program, description=(doc or "").partition("\n\n")[0], allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -175,24 +179,43 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Nam
     out_dir = args.out_dir or f"runs/{script}-{args.preset}-{Path(args.dataset).name}"
     parser.set_defaults(**numbers, script=script, out_dir=out_dir, checkpoint=None, arithmetic={})
     args = parser.parse_args(argv)
-    if args.to is not None and args.sample is None:
-        parser.error("--to says where --sample writes: give --sample N too")
-    if not (args.resume or args.sample is not None or getattr(args, "evaluate", False)):
+    wanted = [name for name in ("resume", "sample", "walk", "evaluate") if vars(args).get(name)]
+    if len(wanted) > 1:
+        parser.error(f"--{wanted[0]} and --{wanted[1]}: one at a time")
+    if args.to is not None and wanted not in (["sample"], ["walk"]):
+        parser.error("--to says where --sample or --walk writes: give one of them, too")
+    if wanted == ["resume"] and not Path(out_dir, "checkpoint.pt").exists():
+        show_line(f"{script}: no checkpoint in {out_dir}: a new run starts{nearby(out_dir)}")
+        wanted, args.resume = [], False
+    if not wanted:
         return args
     checkpoint = load_checkpoint(out_dir, script)
     stored = checkpoint["options"]
     if odd := sorted(set(stored) ^ set(run_options(args))):
         parser.error(f"the checkpoint is of another {script}.py (options {odd}): train anew")
-    parser.set_defaults(**stored, checkpoint=checkpoint)
+    if args.resume and not checkpoint["optimizers"]:
+        parser.error(f"{out_dir} was kept for drawing: it holds no optimizer, with which --resume could go on")
+    here = {"device": args.device, "data_dir": stored["data_dir"]}  # the run may be of another machine
+    if not Path(stored["data_dir"]).is_dir():
+        here["data_dir"] = args.data_dir
+    parser.set_defaults(**stored | here, checkpoint=checkpoint)
     args = parser.parse_args(argv)
-    free = {"epochs", "data_dir", "device", "precision"} | (set() if args.resume else {"seed"})
-    if not {args.dataset, stored["dataset"]} & set(LABELLED):
+    free = {"data_dir", "device", "precision"} | ({"epochs", "lr", "batch_size"} if args.resume else {"seed"})
+    if args.resume and not {args.dataset, stored["dataset"]} & set(LABELLED):
         free.add("dataset")  # the images may have moved: Run tells whether they are the same
     for name, value in run_options(args).items():
-        if value != stored[name] and name not in free:
-            typed, own = f"--{name.replace('_', '-')} {value}", stored[name]
+        typed, own = f"--{name.replace('_', '-')} {value}", stored[name]
+        if value != own and name not in free:
             parser.error(f"{typed} contradicts the checkpoint's {own}: leave it out, or train anew")
+        if value != own and name in ("lr", "batch_size"):
+            show_line(f"{script}: from here on {typed}, before {own}")
     return args
+
+
+def nearby(out_dir: str | Path) -> str:
+    """The runs beside a folder that holds none, for a message."""
+    found = sorted(str(path.parent) for path in Path(out_dir).parent.glob("*/checkpoint.pt"))
+    return f" ({', '.join(found[:5])} {'is' if len(found) == 1 else 'are'} there)" if found else ""
 
 
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -213,14 +236,16 @@ def reporting_errors(program: str) -> Iterator[None]:
             dist.barrier()  # one that ends early would break the others' connections
         return
     except KeyboardInterrupt as interrupt:
-        status, told = 130, str(interrupt) or "interrupted: a training goes on with --resume"
+        status, told = 130, str(interrupt) or "interrupted"
     except (UserError, OSError) as error:
         status, told = getattr(error, "status", 2), f"error: {error}"  # 3: the crawler's source failed
     except (MemoryError, RuntimeError) as error:
         text = str(error).lower()  # torch has no type for the processor's memory
-        if not isinstance(error, MemoryError) and not ("alloc" in text and "memory" in text):
-            raise
         status, told = 2, "error: out of memory: a smaller --batch-size needs less"
+        if not isinstance(error, MemoryError) and not ("memory" in text and "alloc" in text):
+            if "cuda error" not in text:
+                raise
+            told = f"error: {one_line(error)}"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -252,7 +277,8 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         raise UserError(f"{one_line(error)}: pip install -r requirements.txt mends it") from error
     kind = best if args.device == "auto" else args.device
     if kind not in ("cpu", best):
-        raise UserError(f"--device {kind}: this machine has {best}; --device auto takes it")
+        built = " (this torch is built for the CPU alone)" if kind == "cuda" and not torch.version.cuda else ""
+        raise UserError(f"--device {kind}: torch finds none here{built}; --device auto takes {best}")
     device = torch.device(kind)
     if kind == "cuda":
         here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
@@ -304,9 +330,14 @@ def has_native_bf16(device: torch.device) -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def mix(seed: int, use: int | str) -> int:
+    """32 bits of both, as many as the CPU's generator keeps of its seed."""
+    return int(hashlib.sha256(f"{seed} {use}".encode()).hexdigest()[:8], 16)
+
+
 def seed_everything(seed: int, epoch: int = 0) -> None:
-    """Seed all that is random from both, mixed: the CPU's generator keeps 32 bits of its seed."""
-    torch.manual_seed(int(hashlib.sha256(f"{seed} {epoch}".encode()).hexdigest()[:8], 16))
+    """Seed all that is random from both."""
+    torch.manual_seed(mix(seed, epoch))
 
 
 # ---------------------------------------------------------------------------------- optimizer steps
@@ -342,12 +373,13 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     apply_gradients(gradients(loss, optimizer), optimizer)
 
 
-def to_device(network: nn.Module, device: torch.device, autocast: torch.autocast | None = None) -> nn.Module:
+def to_device(network: nn.Module, device: torch.device | str, autocast: torch.autocast | None = None) -> nn.Module:
     """The network on the device: for training in `autocast`, for sampling and measuring in float32.
 
     In channels-last, the faster memory layout, on the CPU and in bfloat16 on CUDA: in float32 it is slower there, and
     on Apple's GPUs batch norm's gradients are wrong in it. On several CUDA devices batch norm is over the whole batch.
     """
+    device = torch.device(device)
     with autocast or contextlib.nullcontext():
         fast = device.type == "cpu" or (device.type == "cuda" and torch.is_autocast_enabled("cuda"))
     network = network.to(device, memory_format=torch.channels_last if fast else torch.contiguous_format)
@@ -436,7 +468,7 @@ def load_mnist(name: str, data_dir: Path, train: bool) -> Data:
             raise ValueError("no 28x28 images of ten classes")
     except Exception as error:  # whatever a server's answer or a file's bytes lead to
         files = "train- and t10k-images-idx3-ubyte, train- and t10k-labels-idx1-ubyte"
-        way_out = f"put its {files} into {data_dir / kind.__name__ / 'raw'}, or take --dataset digits"
+        way_out = f"put its {files} into {data_dir / kind.__name__ / 'raw'} (--data-dir), or take --dataset digits"
         raise UserError(f"{kind.__name__} can't be read ({one_line(error)}): {way_out}") from error
     return Data(found.data[:, None], found.targets)
 
@@ -470,7 +502,8 @@ def draw_digits(train: bool = True) -> Data:
 def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
     """The pictures under `folder` as uint8 (N, 3, size, size), mapped from a file made once in `data_dir`."""
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: name one, or fill data/anime by crawl_anime.py")
+        known = f"--dataset takes {', '.join(LABELLED)}, anime or a folder of pictures"
+        raise UserError(f"there is no folder {folder}: {known}; unpack an archive first, download an address first")
     names = list_pictures(folder)
     stats = [(folder / name).stat() for name in names]
     state = "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in zip(names, stats))
@@ -480,11 +513,17 @@ def load_folder(folder: Path, size: int, data_dir: Path) -> Tensor:
         for earlier in data_dir.glob(f"*-{place}-*-{size}.images"):  # of this folder's former files
             with contextlib.suppress(OSError):  # on Windows, while a training uses it
                 earlier.unlink()
-        build_cache(cache, folder, names, size)
+        try:
+            build_cache(cache, folder, names, size)
+        except UserError as error:
+            raise UserError(f"{error}; --data-dir names a folder for the decoded pictures") from error
     count = cache.stat().st_size // (3 * size * size)
     show_line(f"{count:,} images in {folder}")
-    pixels = torch.from_file(str(cache), size=count * 3 * size * size, dtype=torch.uint8)
-    return pixels.view(count, 3, size, size)
+    pixels = torch.from_file(str(cache), size=count * 3 * size * size, dtype=torch.uint8).view(count, 3, size, size)
+    low, high = (int(level) for level in pixels[:1000].aminmax())
+    if high - low < 32:
+        show_line(f"warning: the images hardly differ in brightness ({low} to {high} of 255): stretch it first")
+    return pixels
 
 
 def list_pictures(folder: Path) -> list[str]:
@@ -544,6 +583,8 @@ def open_picture(file: Path | BinaryIO, size: int = 2**20) -> Image.Image:
             image.load()
             with contextlib.suppress(Exception):  # damaged EXIF data do not damage the picture
                 image = ImageOps.exif_transpose(image)
+            if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+                raise ValueError("float or 32-bit pixels, of unknown range")
             if image.mode.startswith("I"):  # 16 bits
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             if image.mode == "P" or image.has_transparency_data:
@@ -593,11 +634,14 @@ def to_bytes(images: Tensor) -> Tensor:
     return images.detach().float().mul(255).add_(0.5).clamp_(0, 255).to("cpu", torch.uint8)
 
 
-def grid(images: Tensor, columns: int = 8) -> Tensor:
-    """Images (N, C, H, W) as one picture (C, rows * (H + 2) + 2, columns * (W + 2) + 2)."""
+def grid(images: Tensor, columns: int = 8) -> Image.Image:
+    """Images (N, C, H, W), floats in [0, 1] or uint8, as one picture, at a whole multiple of their size that people
+    can see: at least 480 pixels on the longer side."""
     from torchvision.utils import make_grid
 
-    return make_grid(images, nrow=columns)[: images.shape[1]]  # it makes three channels of one
+    picture = to_picture(make_grid(images, nrow=columns)[: images.shape[1]])  # it makes three channels of one
+    factor = math.ceil(480 / max(picture.size))
+    return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
 
 
 def to_picture(image: Tensor | Image.Image) -> Image.Image:
@@ -622,10 +666,11 @@ def write_picture(path: str | Path, image: Tensor | Image.Image) -> None:
         to_picture(image).save(temporary, Image.registered_extensions()[Path(path).suffix.lower()])
 
 
-def write_gif(path: str | Path, frames: list[Image.Image]) -> None:
-    """An endless animation that rests on its last frame; few colours keep it small."""
+def write_gif(path: str | Path, frames: list[Image.Image], rest: int = 2000) -> None:
+    """An endless animation that rests on its last frame for `rest` milliseconds; few colours keep it small."""
+    frames = [frame.reduce(2) if frame.width > 1000 else frame for frame in frames]
     frames = [frame.quantize(16 if frame.mode == "L" else 256) for frame in frames]
-    milliseconds = [150] * (len(frames) - 1) + [2000]
+    milliseconds = [150] * (len(frames) - 1) + [rest]
     with replacing(path) as temporary:
         frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
@@ -638,10 +683,11 @@ def write_log(path: str | Path, history: list[dict]) -> None:
 
 
 def label_panels(panels: list[tuple[str, Image.Image]], columns: int = 2) -> Image.Image:
-    """Pictures side by side, each under its title: the reports' four-panel figure."""
+    """Pictures side by side, each under its title, as in the reports' four-panel figure."""
     width, height = max(p.width for _, p in panels), max(p.height for _, p in panels)
     gap, columns = max(12, height // 18), min(columns, len(panels))
-    font, rows = ImageFont.load_default(size=gap), math.ceil(len(panels) / columns)
+    longest = max(len(title) for title, _ in panels)
+    font, rows = ImageFont.load_default(size=min(gap, 1.9 * width / longest)), math.ceil(len(panels) / columns)
     across, down = width + gap, height + 3 * gap
     figure = Image.new("RGB", (columns * across + gap, rows * down), "white")
     for i, (title, panel) in enumerate(panels):
@@ -699,9 +745,15 @@ def load_checkpoint(out_dir: str | Path, script: str | None = None) -> dict:
     """A run's checkpoint; runs no code of it. UserError if absent, damaged or another script's."""
     path = Path(out_dir, "checkpoint.pt")
     if not path.is_file():
-        raise UserError(f"{path}: there is no checkpoint: train first, or name the run's --out-dir")
+        way_out = f"train first, or name the run's --out-dir{nearby(out_dir)}"
+        raise UserError(f"{path}: there is no checkpoint: {way_out}")
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # its checksums, which torch does not look at
+                raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise  # not damaged: its line names the file and the reason
     except Exception as error:  # a damaged file raises whatever its bytes lead to
         raise UserError(f"{path} can't be read ({type(error).__name__}): it is damaged or no checkpoint") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
@@ -716,9 +768,9 @@ def restore(parts: dict, states: dict) -> None:
     try:
         for name, part in parts.items():
             state = states[name]
-            if isinstance(part, torch.optim.Optimizer):  # keep what fits this device, not the checkpoint's
+            if isinstance(part, torch.optim.Optimizer):  # what was asked for, not the checkpoint's
                 group = part.param_groups[0]
-                own = {key: group[key] for key in ("fused", "capturable")}
+                own = {key: group[key] for key in ("fused", "capturable", "lr")}
                 state = state | dict(param_groups=[group | own for group in state["param_groups"]])
                 for parameter, kept in zip(group["params"], state["state"].values(), strict=True):
                     for moment in ("exp_avg", "exp_avg_sq"):
@@ -746,8 +798,14 @@ def record(args: argparse.Namespace, data: Data) -> Iterator["Run"]:
         for leftover in (*run.folder.glob(TEMPORARY), *run.folder.glob(f"samples/{TEMPORARY}")):  # of a kill
             leftover.unlink(missing_ok=True)
         run.tell(f"{args.preset} on {args.dataset}, {len(data.images):,} images, {run.steps} steps an epoch")
-        run.save_picture("real.png", grid(to_unit(data.images[:64].cpu())))
-        yield run
+        run.save_picture("real.png", grid(data.images[:64].cpu()))
+        try:
+            yield run
+        except KeyboardInterrupt:
+            kept = f"--resume goes on from epoch {run.saved} of {run.folder}" if run.saved else "no epoch was kept"
+            raise KeyboardInterrupt(f"interrupted: {kept}") from None
+        finally:
+            run.save_progress()
 
 
 def move_aside(folder: Path) -> Path:
@@ -770,9 +828,12 @@ class Run:
         self.args, self.folder, count = args, Path(args.out_dir), len(data.images)
         self.history = list(args.checkpoint["history"]) if args.checkpoint else []
         self.steps, self.data, self.losses = count // args.batch_size, data.digest(), []
+        self.samples = torch.arange(2)  # of the last epoch; here two that differ
         self.first = self.saved = len(self.history)  # epochs done at the start; in the last checkpoint
         if self.saved > args.epochs:
             raise UserError(f"the run has {self.saved} epochs already, --epochs asks for {args.epochs}")
+        if self.saved == args.epochs:
+            self.tell(f"the {self.saved} epochs of this run are there: a larger --epochs goes further")
         if count < args.batch_size:
             raise UserError(f"--batch-size {args.batch_size} is larger than the data: {count:,} images")
         if args.batch_size % processes():
@@ -828,9 +889,10 @@ class Run:
         kept = f"the checkpoint of epoch {self.saved} is kept" if self.saved else "no checkpoint was written"
         raise UserError(f"{fault}: {kept}; a lower --lr may help")
 
-    def save_samples(self, images: Tensor) -> None:
+    def save_samples(self, images: Tensor, columns: int = 8) -> None:
         """The epoch's picture of the fixed latents, (N, C, H, W) in [0, 1]; a notebook shows the latest."""
-        picture, epoch = to_picture(grid(images)), len(self.history)
+        epoch, self.samples = len(self.history), to_bytes(images)
+        picture = grid(self.samples, columns)
         self.save_picture(f"samples/epoch-{epoch:04}.png", picture)
         show_in_notebook(picture, display_id=f"samples {id(self)}", update=epoch > self.first + 1)
 
@@ -868,20 +930,22 @@ class Run:
         curves = {name: [row[name] for row in self.history] for name in names}
         self.save_picture("losses.png", plot_losses(curves))
 
-    def finish(self) -> None:
-        """The four-panel figure and the animation, without samples that were deleted or damaged; the last line."""
-        self.save_log()  # a kill may have left it behind the checkpoint
-        total, pictures = self.args.epochs, {}
-        moments = [max(1, round(part * total / 40)) for part in range(41)]
+    def save_progress(self) -> None:
+        """The four-panel figure and the animation so far, without samples that were deleted or damaged."""
+        moments, pictures = [max(1, round(part * len(self.history) / 28)) for part in range(29)], {}
         for epoch in moments:
             with contextlib.suppress(Exception), Image.open(self.folder / f"samples/epoch-{epoch:04}.png") as picture:
                 pictures[epoch] = picture.copy()
-        quarters = sorted({*moments[10::10]} & pictures.keys())
-        if quarters:
-            panels = [(f"Epoch {epoch}", pictures[epoch]) for epoch in quarters]
-            self.save_picture("progress.png", label_panels(panels))
+        if quarters := sorted({*moments[7::7]} & pictures.keys()):
+            self.save_picture("progress.png", label_panels([(f"Epoch {epoch}", pictures[epoch]) for epoch in quarters]))
             self.save_picture("progress.gif", list(pictures.values()), write_gif)
-        self.tell(f"done, pictures in {self.folder}: look at {self.folder}/progress.png")
+
+    def finish(self, *pictures: str) -> None:
+        """The last line: what to look at."""
+        self.save_log()  # a kill may have left it behind the checkpoint
+        if (self.samples == self.samples[:1]).all():
+            self.tell("warning: all samples are the same: README.md says what to do when something looks wrong")
+        self.tell(f"done: look at {self.folder}/{', '.join(('progress.png', *pictures))}")
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -889,26 +953,55 @@ class Sampler(NamedTuple):
     """What a trained model offers to anyone who knows nothing about it."""
 
     latent_size: int
-    generate: Callable  # (latents (N, latent_size), labels (N,) or None) -> float32 (N, C, H, W) in [0, 1]
+    decoder: Callable  # what `generate` calls
     parameters: int  # weights of all networks
-    classes: int = 0  # labels that `generate` takes; 0 for an unconditional model
+    classes: int = 0  # 0 for a model without
     evaluate: Callable | None = None  # (uint8 (N, C, H, W), samples=500) -> bounds on log p(x) [nats] by name
+
+    def generate(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images (N, C, H, W), float32 in [0, 1], of latents (N, latent_size), which are N(0, I) in training.
+
+        Labels (N,) are the classes of a model that has some; without them they are 0, 1, 2 ... in turn.
+        """
+        if labels is None and self.classes:
+            labels = torch.arange(len(latents), device=latents.device) % self.classes
+        return self.decoder(latents, labels)
+
+
+def count_parameters(networks: dict[str, nn.Module]) -> int:
+    return sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
+
+
+def draw_latents(seed: int, latent_size: int) -> Iterator[Tensor]:
+    """The latents of a seed's samples, 500 at a time, on the CPU: the same for any number of samples."""
+    generator = torch.Generator().manual_seed(mix(seed, "latents"))
+    while True:
+        yield torch.randn(500, latent_size, generator=generator)
 
 
 def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = None) -> Iterator:
-    """Samples in chunks, the first alike for any count: uint8 (n, C, H, W), CPU; labels (n,) in turn, or None."""
-    generator = torch.Generator().manual_seed(seed)
-    for start in range(0, count, 500):
-        numbers = torch.arange(start, min(start + 500, count))
-        latents = torch.randn(500, sampler.latent_size, generator=generator)[: len(numbers)].to(device)
-        labels = None
+    """Samples in chunks: uint8 (n, C, H, W), on the CPU; their labels (n,), in turn but for `label`, or None."""
+    for start, latents in zip(range(0, count, 500), draw_latents(seed, sampler.latent_size)):
+        latents, labels = latents[: count - start].to(device), None
         if sampler.classes:
-            labels = numbers % sampler.classes if label is None else torch.full_like(numbers, label)
+            labels = torch.arange(start, start + len(latents)) % sampler.classes
+            labels = labels if label is None else torch.full_like(labels, label)
         yield to_bytes(sampler.generate(latents, None if labels is None else labels.to(device))), labels
 
 
+def interpolate(start: Tensor, end: Tensor, count: int) -> Tensor:
+    """Latents (W, d) to (W, count, d) on the arc between them: a chord would leave the likely lengths (White 2016)."""
+    along = torch.linspace(0, 1, count)[:, None]
+    angle = nn.functional.cosine_similarity(start, end).clamp(-0.9999, 0.9999).acos()[:, None, None]
+    start, end = start[:, None], end[:, None]
+    return (((1 - along) * angle).sin() * start + (along * angle).sin() * end) / angle.sin()
+
+
 def sample(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> None:
-    """--sample N --to PATH: a grid if its name ends as a picture's, else a folder with a PNG an image."""
+    """--sample N --to PATH: a grid if its name ends as a picture's, else a folder with a PNG an image. Or --walk."""
+    if args.walk is not None:
+        walk(args, sampler, device)
+        return
     target, count = Path(args.to or Path(args.out_dir, "sample.png")), args.sample
     as_grid = target.suffix.lower() in PICTURES
     if not as_grid and target.is_dir() and any(target.iterdir()):
@@ -924,7 +1017,28 @@ def sample(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> 
         written += len(images)
         progress.update(written)
     if as_grid:
-        picture = to_picture(grid(torch.cat(tiles), math.ceil(count**0.5)))
+        picture = grid(torch.cat(tiles), sampler.classes or math.ceil(count**0.5))
         write_picture(target, picture)
         show_in_notebook(picture)
     show_line(f"{args.script}: {count:,} images in {target}; another --seed draws others")
+
+
+def walk(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> None:
+    """--walk N: N steps from each sample to the next and from the last to the first, a row a pair; and as animation."""
+    names = [args.to] if args.to else [Path(args.out_dir, "walk.png"), Path(args.out_dir, "walk.gif")]
+    if Path(names[0]).suffix.lower() not in PICTURES:
+        raise UserError(f"--to {args.to}: --walk draws NAME.png, or NAME.gif, which moves")
+    corners, rows = next(draw_latents(args.seed, sampler.latent_size))[: max(8, sampler.classes)], []
+    for row, latents in enumerate(interpolate(corners, corners.roll(-1, 0), args.walk + 1).to(device)):
+        label = row if getattr(args, "label", None) is None else args.label
+        labels = torch.full((len(latents),), label, device=device) if sampler.classes else None
+        rows.append(to_bytes(sampler.generate(latents, labels)))
+    for name in names:
+        if Path(name).suffix.lower() == ".gif":  # each row ends where the next begins
+            frames = [grid(image[None]) for images in rows for image in images[:-1]]
+            write_gif(name, frames, rest=150)
+        else:
+            picture = grid(torch.cat(rows), args.walk + 1)
+            write_picture(name, picture)
+            show_in_notebook(picture)
+    show_line(f"{args.script}: {len(rows)} walks of {args.walk} steps in {' and '.join(map(str, names))}")

@@ -250,14 +250,6 @@ def evenness(features: Tensor) -> float:
     return (steps.sum(1).square() / (steps.shape[1] * steps.square().sum(1)).clamp(min=1e-12)).mean().item()
 
 
-def interpolate(start: Tensor, end: Tensor, count: int) -> Tensor:
-    """Latents (W, d) to (W, count, d) on the arc between them: a chord would leave the likely lengths (White 2016)."""
-    along = torch.linspace(0, 1, count)[:, None]
-    angle = F.cosine_similarity(start, end).clamp(-0.9999, 0.9999).acos()[:, None, None]
-    start, end = start[:, None], end[:, None]
-    return (((1 - along) * angle).sin() * start + (along * angle).sin() * end) / angle.sin()
-
-
 def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     """Images (N, C, H, W): what each halving of the size loses, down to at least 16 pixels, then what is left."""
     taps = torch.tensor([1.0, 4, 6, 4, 1]) / 16
@@ -364,7 +356,7 @@ class Table:
         row |= self.measure(images, torch.cat(labels) if sampler.classes else None)
         start, end = torch.randn(2, WALKS, sampler.latent_size, generator=torch.Generator().manual_seed(1))
         walks = []
-        for i, latents in enumerate(interpolate(start, end, STEPS + 1).to(self.device)):  # (STEPS + 1, latent_size)
+        for i, latents in enumerate(common.interpolate(start, end, STEPS + 1).to(self.device)):
             label = torch.full((STEPS + 1,), i % sampler.classes, device=self.device) if sampler.classes else None
             walks.append(common.to_bytes(sampler.generate(latents, label)))
         features, _ = judge_images(self.judge, torch.cat(walks), self.device)
@@ -504,8 +496,11 @@ def panel(row: dict) -> tuple[str, Image.Image]:
     caption = "    ".join([row["run"], *(f"{name} {cell(row, name)}" for name in shown if name in row)])
     tiles = common.to_unit(row.pop("pictures"))
     tiles = F.interpolate(tiles, scale_factor=max(1, 64 // tiles.shape[-1]))
-    samples, walk = F.pad(common.grid(tiles[:12], 12), (0, 12), value=1.0), common.grid(tiles[12:], 8)
-    return caption.replace("±", "+-"), common.to_picture(torch.cat([samples, walk], dim=2))
+    samples, walk = common.grid(tiles[:12], 12), common.grid(tiles[12:], 8)
+    both = Image.new("RGB", (samples.width + 12 + walk.width, samples.height), "white")
+    both.paste(samples, (0, 0))
+    both.paste(walk, (samples.width + 12, 0))
+    return caption.replace("±", "+-"), both
 
 
 def differences(rows: list[dict]) -> str:
@@ -643,8 +638,8 @@ def run(args: Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Our options, and as `words` all others in order: folders, or what follows --grid SCRIPT."""
     usage = "compare.py [options] RUN ... | compare.py [options] --grid SCRIPT [its options, with several values]"
-    shown = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # it explains the columns
-    parser = common.Parser("compare.py", usage=usage, allow_abbrev=False, **shown)
+    parser = common.Parser("compare.py", __doc__, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.epilog = (__doc__ or "").partition("\n\n")[2]  # it explains the columns
     add = parser.add_argument
     add("--grid", nargs="?", const="", metavar="SCRIPT", help="train all combinations of SCRIPT's options; rank them")
     add("--repeat", type=common.number(int, 1), default=1, metavar="N", help="seeds of each combination (1)")
@@ -655,7 +650,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     moved = "pictures: of which data set (mnist); a run on a folder: where its images are now"
     add("--dataset", metavar="NAME", help=moved)
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes an accelerator if any")
-    parser.set_defaults(script="compare", precision="auto")
+    parser.set_defaults(script="compare", precision="auto", arithmetic={})
     args, args.words = parser.parse_known_args(argv)
     if args.grid is None and (args.repeat > 1 or not args.words):
         parser.error("name the folders of the runs to compare, as runs/*, or with --grid SCRIPT what to train")

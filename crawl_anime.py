@@ -919,7 +919,7 @@ def find_cascade(path: str | None) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common.Parser(f"{AGENT}.py", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = common.Parser(f"{AGENT}.py", __doc__)
     add, number = parser.add_argument, common.number
     source = parser.add_mutually_exclusive_group().add_argument
     source("--site", choices=list(SITES), default="safebooru", help="whose posts to look through (safebooru)")

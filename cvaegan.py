@@ -54,7 +54,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 import common  # common.py, which lies beside this file
@@ -311,6 +310,8 @@ def train(args: Namespace) -> None:
     common.seed_everything(args.seed)
     networks = {name: common.to_device(network, device, autocast) for name, network in build(args).items()}
     optimizers = make_optimizers(args, networks)
+    fixed_latents = next(common.draw_latents(args.seed, args.latent_size))[:64].to(device)
+    fixed_classes = torch.eye(CLASSES, device=device).repeat(7, 1)[:64]  # in turn
     if args.resume:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
@@ -324,10 +325,9 @@ def train(args: Namespace) -> None:
             for images, labels in common.batches(data, args.batch_size, device):
                 run.log(step(images, labels))
             run.end_epoch()
-            run.save_samples(draw_classes(networks, args, columns=8))
+            run.save_samples(generate(networks["generator"], fixed_latents, fixed_classes), columns=CLASSES)
             run.save(networks, optimizers)
-        save_pictures(args, networks, run.save_picture)
-        run.finish()
+        run.finish(*save_pictures(args, networks, run.save_picture))
 
 
 @torch.no_grad()
@@ -345,7 +345,7 @@ def encode(encoder: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 def draw_classes(networks: dict[str, nn.Module], args: Namespace, columns: int) -> Tensor:
     """A row a class, a column a latent, the same all through a run: (10 * columns, 1, 28, 28) in [0, 1]."""
     device = next(networks["generator"].parameters()).device
-    latents = torch.randn(columns, args.latent_size, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    latents = next(common.draw_latents(args.seed, args.latent_size))[:columns].to(device)
     classes = torch.eye(CLASSES, device=device).repeat_interleave(columns, dim=0)
     return generate(networks["generator"], latents.repeat(CLASSES, 1), classes)
 
@@ -374,40 +374,48 @@ def load_test_images(args: Namespace) -> Tensor:
     return images[torch.stack([(labels == label).nonzero()[0, 0] for label in range(CLASSES)])]
 
 
-def save_pictures(args: Namespace, networks: dict[str, nn.Module], save: Callable) -> None:
-    """classes.png; and, where real test images are at hand, morph.png, styles.png and morph.gif.
+def save_pictures(args: Namespace, networks: dict[str, nn.Module], save: Callable) -> list[str]:
+    """classes.png; and, where real test images are at hand, morph.png, styles.png and morph.gif. Their names.
 
     `save` takes a picture's name, what is in it, and what writes it if that is not common.write_picture.
     """
-    save("classes.png", common.grid(draw_classes(networks, args, columns=10), columns=10))
+
+    def save_titled(name: str, title: str, images: Tensor, columns: int) -> None:
+        save(name, common.label_panels([(title, common.grid(images.cpu(), columns))]))
+
+    title = "a row a class, 0 to 9; a column a latent"
+    save_titled("classes.png", title, draw_classes(networks, args, columns=10), 10)
     try:
         images = load_test_images(args).to(next(networks["generator"].parameters()).device)
     except common.UserError as error:
         common.show_line(f"{args.script}: no morph and styles, which start from real test images: {error}")
-        return
+        return ["classes.png"]
     real = common.to_unit(images)[:, None]  # (10, 1, 1, 28, 28)
     morphs = torch.cat([real, draw_morphs(networks, images, 8), real.roll(-1, 0)], dim=1)
-    save("morph.png", common.grid(morphs.flatten(0, 1), columns=10))
+    title = "left and right: test images; between them: drawn"
+    save_titled("morph.png", title, morphs.flatten(0, 1), 10)
     styles = torch.cat([real, draw_styles(networks, images)], dim=1)
-    save("styles.png", common.grid(styles.flatten(0, 1), columns=CLASSES + 1))
-    frames = [common.to_picture(common.grid(row, columns=5)) for row in draw_morphs(networks, images, 16).unbind(1)]
-    frames = [frame.resize((3 * frame.width, 3 * frame.height), Image.Resampling.NEAREST) for frame in frames]
+    title = "left: test images; then their latents, labelled 0 to 9"
+    save_titled("styles.png", title, styles.flatten(0, 1), CLASSES + 1)
+    frames = [common.grid(row.cpu(), columns=5) for row in draw_morphs(networks, images, 16).unbind(1)]
     save("morph.gif", frames, common.write_gif)
+    return ["classes.png", "morph.png", "styles.png"]
 
 
 def load_networks(checkpoint: dict, device: torch.device) -> dict[str, nn.Module]:
+    """All networks; encoder and generator with the run's weights, which is all that drawing needs."""
     networks = build(Namespace(**checkpoint["options"]))
-    common.restore(networks, checkpoint["networks"])
+    common.restore({name: networks[name] for name in ("encoder", "generator")}, checkpoint["networks"])
     return {name: common.to_device(network, device) for name, network in networks.items()}
 
 
-def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
-    """What `--sample` and compare.py draw from: a trained run, rebuilt from its checkpoint alone."""
+def load_sampler(checkpoint: dict, device: torch.device | str = "cpu") -> common.Sampler:
+    """What `--sample`, compare.py and your own code draw from: a run, rebuilt from its checkpoint alone."""
     networks = load_networks(checkpoint, device)
     return common.Sampler(
         checkpoint["options"]["latent_size"],
         lambda latents, labels: generate(networks["generator"], latents, F.one_hot(labels, CLASSES).float()),
-        sum(parameter.numel() for network in networks.values() for parameter in network.parameters()),
+        common.count_parameters(networks),
         classes=CLASSES,
     )
 
@@ -424,9 +432,9 @@ def sample(args: Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = common.Parser("cvaegan.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = common.Parser("cvaegan.py", __doc__)
     whole, positive = common.number(int, 1), common.number(float, 1e-9)
-    natural = common.number(int, 0, 2**63 - 1)
+    natural = common.number(int, 0)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
     names = "MNIST, Fashion-MNIST, or digits drawn in a font, which need no download (mnist)"
@@ -439,24 +447,25 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--seed", metavar="N", type=natural, default=0, help="of all that is random (guo 88)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: an accelerator, if any (auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
-    add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
+    add("--resume", action="store_true", help="go on from the run's checkpoint, or start where there is none")
     add("--sample", metavar="N", type=whole, help="draw N images from the run's checkpoint and end")
-    add("--to", metavar="PATH", type=os.path.expanduser, help="for --sample: a grid (NAME.png) or a folder of images")
+    add("--walk", metavar="N", type=whole, help="draw N steps between each two of eight samples, and end")
+    add("--to", metavar="PATH", type=os.path.expanduser, help="of --sample, --walk: NAME.png, NAME.gif or a folder")
     add = parser.add_argument_group("CVAE-GAN").add_argument
     add("--weights", choices=list(WEIGHTS), help="of the losses: ours for 28x28, or the paper's for 128x128 (guo ours)")
     add("--label", metavar="K", type=common.number(int, 0, CLASSES - 1), help="--sample only class K, 0 to 9")
     args = common.parse(parser, PRESETS, argv)
     if args.checkpoint is None:  # which keeps the numbers, too: a resumed run goes on with its own
         args.loss_weights = WEIGHTS[args.weights]
-    if args.label is not None and args.sample is None:
-        parser.error("--label says which class --sample draws: give --sample N too")
+    if args.label is not None and args.sample is None and args.walk is None:
+        parser.error("--label says which class --sample or --walk draws: give one of them, too")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     with common.reporting_errors("cvaegan.py"):
         args = parse_args(argv)
-        if args.sample is None:
+        if args.sample is None and args.walk is None:
             train(args)
         else:
             sample(args)

@@ -262,7 +262,9 @@ def train(args: Namespace) -> None:
     common.seed_everything(args.seed)
     networks = {name: common.to_device(network, device, autocast) for name, network in build(args).items()}
     optimizers = make_optimizers(args, networks)
-    fixed_latents = torch.randn(64, args.latent_size).to(device)
+    fixed_latents = next(common.draw_latents(args.seed, args.latent_size))[:64].to(device)
+    if args.init and args.checkpoint is None:
+        common.restore(networks, common.load_checkpoint(args.init, "dcgan")["networks"])
     if args.ema:
         networks["average"] = copy.deepcopy(networks["generator"])
     if args.resume:
@@ -281,31 +283,28 @@ def train(args: Namespace) -> None:
                 if args.ema:
                     update_average(networks["average"], networks["generator"], done + i, args.ema)
             run.end_epoch()
-            run.save_samples(generate(networks, fixed_latents))
+            run.save_samples(generate(networks.get("average", networks["generator"]), fixed_latents))
             run.save(networks, optimizers)
         run.finish()
 
 
 @torch.no_grad()
-def generate(networks: dict[str, nn.Module], latents: torch.Tensor) -> torch.Tensor:
-    """Latents (N, latent_size) to images (N, C, H, W) in [0, 1], from the averaged generator where there is one.
+def generate(generator: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (N, latent_size) to images (N, C, H, W) in [0, 1].
 
     In eval mode, so that an image does not depend on the others of its batch.
     """
-    generator = networks.get("average", networks["generator"])
     return common.symmetric_to_unit(generator.eval()(latents))
 
 
-def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
-    """What `--sample` and compare.py draw from: a trained run, rebuilt from its checkpoint alone."""
+def load_sampler(checkpoint: dict, device: torch.device | str = "cpu") -> common.Sampler:
+    """What `--sample`, compare.py and your own code draw from: a run, rebuilt from its checkpoint alone."""
     args = Namespace(**checkpoint["options"])
     networks = build(args)
-    parameters = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
-    if args.ema:
-        networks["average"] = copy.deepcopy(networks["generator"])
-    common.restore(networks, checkpoint["networks"])
-    networks = {name: common.to_device(network, device) for name, network in networks.items()}
-    return common.Sampler(args.latent_size, lambda latents, labels=None: generate(networks, latents), parameters)
+    parameters, generator = common.count_parameters(networks), networks["generator"]
+    common.restore({"average" if args.ema else "generator": generator}, checkpoint["networks"])
+    common.to_device(generator, device)
+    return common.Sampler(args.latent_size, lambda latents, labels: generate(generator, latents), parameters)
 
 
 def sample(args: Namespace) -> None:
@@ -318,9 +317,9 @@ def name_or_folder(dataset: str) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = common.Parser("dcgan.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = common.Parser("dcgan.py", __doc__)
     whole, positive = common.number(int, 1), common.number(float, 1e-9)
-    natural = common.number(int, 0, 2**63 - 1)
+    natural = common.number(int, 0)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
     names = f"{', '.join(common.LABELLED)}, anime (DATA_DIR/anime) or a folder of images (mnist)"
@@ -333,13 +332,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--seed", metavar="N", type=natural, default=0, help="of all that is random (0, folders 999)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: an accelerator, if any (auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
-    add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
+    add("--resume", action="store_true", help="go on from the run's checkpoint, or start where there is none")
     add("--sample", metavar="N", type=whole, help="draw N images from the run's checkpoint and end")
-    add("--to", metavar="PATH", type=os.path.expanduser, help="for --sample: a grid (NAME.png) or a folder of images")
+    add("--walk", metavar="N", type=whole, help="draw N steps between each two of eight samples, and end")
+    add("--to", metavar="PATH", type=os.path.expanduser, help="of --sample, --walk: NAME.png, NAME.gif or a folder")
     add = parser.add_argument_group("DCGAN").add_argument
     add("--image-size", type=int, choices=[32, 64, 128], help="side of a folder's images in pixels (folders 64)")
     augment = "flip mirrors half; full varies colour, place and cutout, and mirrors all but digits (none, folders flip)"
     add("--augment", choices=["none", "flip", "full"], help=augment)
+    start = "start from the networks of another run's folder, to go on with other images"
+    add("--init", metavar="RUN", type=os.path.expanduser, help=start)
     average = "draw from the generator's moving average, of this decay a step, such as 0.999 (0: off)"
     add("--ema", metavar="DECAY", type=common.number(float, 0, 0.99999), help=average)
     args = common.parse(parser, PRESETS, argv)
@@ -357,7 +359,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     with common.reporting_errors("dcgan.py"):
         args = parse_args(argv)
-        if args.sample is None:
+        if args.sample is None and args.walk is None:
             train(args)
         else:
             sample(args)

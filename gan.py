@@ -130,7 +130,7 @@ def train(args: Namespace) -> None:
     common.seed_everything(args.seed)
     networks = {name: common.to_device(network, device, autocast) for name, network in build(args).items()}
     optimizers = make_optimizers(args, networks)
-    fixed_latents = torch.randn(64, args.latent_size).to(device)
+    fixed_latents = next(common.draw_latents(args.seed, args.latent_size))[:64].to(device)
     if args.resume:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
@@ -155,13 +155,14 @@ def generate(generator: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     return common.symmetric_to_unit(generator.eval()(latents))
 
 
-def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
-    """What `--sample` and compare.py draw from: a trained run, rebuilt from its checkpoint alone."""
+def load_sampler(checkpoint: dict, device: torch.device | str = "cpu") -> common.Sampler:
+    """What `--sample`, compare.py and your own code draw from: a run, rebuilt from its checkpoint alone."""
     args = Namespace(**checkpoint["options"])
     networks = build(args)
-    common.restore(networks, checkpoint["networks"])
-    generator = common.to_device(networks["generator"], device)
-    parameters = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
+    generator = networks["generator"]
+    common.restore({"generator": generator}, checkpoint["networks"])
+    common.to_device(generator, device)
+    parameters = common.count_parameters(networks)
     return common.Sampler(args.latent_size, lambda latents, labels=None: generate(generator, latents), parameters)
 
 
@@ -171,9 +172,9 @@ def sample(args: Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = common.Parser("gan.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = common.Parser("gan.py", __doc__)
     whole, positive = common.number(int, 1), common.number(float, 1e-9)
-    natural = common.number(int, 0, 2**63 - 1)
+    natural = common.number(int, 0)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
     names = "MNIST, Fashion-MNIST, or digits drawn in a font, which need no download (mnist)"
@@ -186,16 +187,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--seed", metavar="N", type=natural, default=0, help="of all that is random (0)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: an accelerator, if any (auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
-    add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
+    add("--resume", action="store_true", help="go on from the run's checkpoint, or start where there is none")
     add("--sample", metavar="N", type=whole, help="draw N images from the run's checkpoint and end")
-    add("--to", metavar="PATH", type=os.path.expanduser, help="for --sample: a grid (NAME.png) or a folder of images")
+    add("--walk", metavar="N", type=whole, help="draw N steps between each two of eight samples, and end")
+    add("--to", metavar="PATH", type=os.path.expanduser, help="of --sample, --walk: NAME.png, NAME.gif or a folder")
     return common.parse(parser, PRESETS, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     with common.reporting_errors("gan.py"):
         args = parse_args(argv)
-        if args.sample is None:
+        if args.sample is None and args.walk is None:
             train(args)
         else:
             sample(args)

@@ -154,7 +154,7 @@ def train(args: Namespace) -> None:
     networks = {name: common.to_device(network, device, autocast) for name, network in build(args).items()}
     encoder, decoder = networks["encoder"], networks["decoder"]
     optimizers = make_optimizers(args, networks)
-    fixed_latents = torch.randn(64, args.latent_size).to(device)
+    fixed_latents = next(common.draw_latents(args.seed, args.latent_size))[:64].to(device)
     if args.resume:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
@@ -172,9 +172,11 @@ def train(args: Namespace) -> None:
             run.save(networks, optimizers)
         run.save_picture("reconstructions.png", draw_reconstructions(encoder, decoder, test_images[:32]))
         run.save_picture("latent.png", draw_latent_map(encoder, test_images, test_labels))
+        pictures = ["reconstructions.png", "latent.png"]
         if args.latent_size == 2:
             run.save_picture("manifold.png", draw_manifold(decoder, device))
-        run.finish()
+            pictures.append("manifold.png")
+        run.finish(*pictures)
 
 
 @torch.no_grad()
@@ -226,12 +228,12 @@ def decode(decoder: nn.Module, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw_reconstructions(encoder: nn.Module, decoder: nn.Module, images: Tensor) -> Tensor:
+def draw_reconstructions(encoder: nn.Module, decoder: nn.Module, images: Tensor) -> Image.Image:
     """Rows of eight originals, uint8 (N, 1, 28, 28), each above a row of what is decoded from their mean latents."""
     originals = common.to_unit(images)
     reconstructions = decode(decoder, encode(encoder.eval(), originals)[0])
     rows = [row for pair in zip(originals.split(8), reconstructions.split(8)) for row in pair]
-    return common.grid(torch.cat(rows).cpu())
+    return common.label_panels([("test images, each above its reconstruction", common.grid(torch.cat(rows).cpu()))])
 
 
 @torch.no_grad()
@@ -269,16 +271,18 @@ def draw_latent_map(encoder: nn.Module, images: Tensor, labels: Tensor) -> Image
     return picture
 
 
-def draw_manifold(decoder: nn.Module, device: torch.device, side: int = 20) -> Tensor:
+def draw_manifold(decoder: nn.Module, device: torch.device, side: int = 20) -> Image.Image:
     """Images across a two-dimensional latent space in steps of equal probability: first latent right, second up."""
     steps = torch.special.ndtri(torch.linspace(0.05, 0.95, side))  # the inverse of the Gaussian's distribution function
     second, first = torch.meshgrid(steps.flip(0), steps, indexing="ij")
     latents = torch.stack([first.flatten(), second.flatten()], dim=1)  # (side * side, 2)
-    return common.grid(decode(decoder, latents.to(device)).cpu(), columns=side)
+    picture = common.grid(decode(decoder, latents.to(device)).cpu(), columns=side)
+    title = "first latent to the right, second up: each -1.64 to 1.64"
+    return common.label_panels([(title, picture)])
 
 
-def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
-    """What `--sample`, `--evaluate` and compare.py ask of a trained run, rebuilt from its checkpoint alone."""
+def load_sampler(checkpoint: dict, device: torch.device | str = "cpu") -> common.Sampler:
+    """What `--sample`, `--evaluate`, compare.py and your own code ask of a run, rebuilt from its checkpoint alone."""
     args = Namespace(**checkpoint["options"])
     networks = build(args)
     common.restore(networks, checkpoint["networks"])
@@ -286,7 +290,7 @@ def load_sampler(checkpoint: dict, device: torch.device) -> common.Sampler:
     return common.Sampler(
         args.latent_size,
         lambda latents, labels=None: decode(decoder, latents),
-        sum(parameter.numel() for network in networks.values() for parameter in network.parameters()),
+        common.count_parameters(networks),
         evaluate=lambda images, samples=IMPORTANCE_SAMPLES: bounds(encoder, decoder, images.to(device), samples),
     )
 
@@ -306,9 +310,9 @@ def evaluate(args: Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = common.Parser("vae.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = common.Parser("vae.py", __doc__)
     whole, positive = common.number(int, 1), common.number(float, 1e-9)
-    natural = common.number(int, 0, 2**63 - 1)
+    natural = common.number(int, 0)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="guo", help="the report whose numbers are the defaults (guo)")
     names = "MNIST, Fashion-MNIST, or digits drawn in a font, which need no download (mnist)"
@@ -328,16 +332,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--seed", metavar="N", type=natural, default=0, help="of all that is random (0)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: an accelerator, if any (auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is native (auto)")
-    add("--resume", action="store_true", help="go on from the run's checkpoint, with its options")
+    add("--resume", action="store_true", help="go on from the run's checkpoint, or start where there is none")
     add("--sample", metavar="N", type=whole, help="draw N images from the run's checkpoint and end")
-    add("--to", metavar="PATH", type=os.path.expanduser, help="for --sample: a grid (NAME.png) or a folder of images")
+    add("--walk", metavar="N", type=whole, help="draw N steps between each two of eight samples, and end")
+    add("--to", metavar="PATH", type=os.path.expanduser, help="of --sample, --walk: NAME.png, NAME.gif or a folder")
     add = parser.add_argument_group("VAE").add_argument
     add("--beta", metavar="WEIGHT", type=common.number(float, 0), help="weight of the KL in training (1)")
     add("--evaluate", action="store_true", help="print the run's test ELBO and importance-weighted bound, in nats")
-    args = common.parse(parser, PRESETS, argv)
-    if args.evaluate and (args.resume or args.sample is not None):
-        parser.error("--evaluate measures a trained run: leave out --resume and --sample")
-    return args
+    return common.parse(parser, PRESETS, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -345,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(argv)
         if args.evaluate:
             evaluate(args)
-        elif args.sample is None:
+        elif args.sample is None and args.walk is None:
             train(args)
         else:
             sample(args)

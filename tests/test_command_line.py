@@ -17,7 +17,7 @@ import common
 import vae
 from tests.conftest import ROOT, SCRIPTS
 
-SHARED = "preset dataset data-dir out-dir epochs batch-size lr seed device precision resume sample to".split()
+SHARED = "preset dataset data-dir out-dir epochs batch-size lr seed device precision resume sample walk to".split()
 OF_PRESETS = ("epochs", "batch_size", "lr", "seed")  # what differs from preset to preset
 
 
@@ -81,23 +81,28 @@ def test_the_numbers_in_the_help_are_the_presets(script):
         assert {name: getattr(args, name) for name in presets[preset]} == presets[preset]
 
 
-def test_what_was_typed_goes_over_the_checkpoint_over_the_preset(trainings, tmp_path, monkeypatch, refusal):
+def test_what_was_typed_goes_over_the_checkpoint_over_the_preset(trainings, tmp_path, monkeypatch, refusal, capfd):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trainings.finished("vae-banerjee-linear"), "run")
     run = ["--out-dir", "run"]
     args = vae.parse_args([*run, "--resume"])  # nothing but the folder is named: the rest is the run's
     assert (args.preset, args.latent_size, args.batch_size, args.epochs) == ("banerjee-linear", 16, 20, 2)
     free = ["--epochs", "9", "--data-dir", "there", "--device", "cpu", "--precision", "fp32"]
-    args = vae.parse_args([*run, "--resume", *free])
+    args = vae.parse_args([*run, "--resume", *free, "--lr", "0.1", "--batch-size", "64"])
     assert (args.epochs, args.data_dir, args.device, args.precision) == (9, str(tmp_path / "there"), "cpu", "fp32")
+    assert (args.lr, args.batch_size) == (0.1, 64)
+    assert "vae: from here on --lr 0.1, before 0.0001\n" in capfd.readouterr().out
     assert vae.parse_args([*run, "--sample", "4", "--seed", "5"]).seed == 5
     before = snapshot(tmp_path)
     for options, words in (
-        ("--resume --lr 0.1", "--lr 0.1 contradicts the checkpoint's 0.0001: leave it out, or train anew"),
-        ("--resume --batch-size 64", "--batch-size 64 contradicts the checkpoint's 20"),  # the preset's own number
+        ("--sample 4 --lr 0.1", "--lr 0.1 contradicts the checkpoint's 0.0001: leave it out, or train anew"),
+        ("--sample 4 --batch-size 128", "--batch-size 128 contradicts the checkpoint's 20"),  # the preset's own number
+        ("--sample 4 --epochs 9", "--epochs 9 contradicts"),
+        ("--sample 4 --dataset digits", "--dataset digits contradicts"),
         ("--resume --seed 5", "--seed 5 contradicts"),
         ("--resume --epochs 1", "2 epochs already"),
-        ("--evaluate --resume", "--evaluate measures"),
+        ("--evaluate --resume", "one at a time"),
+        ("--walk 4 --to walk", "--walk draws NAME.png, or NAME.gif"),
         ("--sample 4 --preset guo", "--preset guo contradicts the checkpoint's banerjee-linear"),
         ("--sample 4 --to run/log.csv", "log.csv"),
         ("--sample 4 --to run/samples", "there are files in it"),
@@ -117,12 +122,12 @@ MISTAKES = {  # what the line must say; `file` and run/checkpoint.pt are files o
     "gan --batch-size 10001 --dataset digits": "--batch-size 10001 is larger than the data: 10,000 images",
     "gan --lr 0": "--lr: must be a number",
     "gan --lr nan": "--lr",
-    "gan --seed 9223372036854775808": "--seed",
+    "gan --seed -1": "--seed",
     "gan --dataset anime": "--dataset",
     "gan --sample 3": "there is no checkpoint: train first",
-    "gan --resume": "there is no checkpoint: train first",
+    "gan --sample 3 --out-dir elsewhere": "name the run's --out-dir (run is there)",
     "gan --resume --out-dir run": "damaged",
-    "gan --to grid.png": "give --sample N too",
+    "gan --to grid.png": "--to says where --sample or --walk writes",
     "gan --dataset digits --out-dir file/below": "file",
     "gan --dataset mnist --data-dir file": "file",
     "vae --beta -1": "--beta",
@@ -133,13 +138,17 @@ MISTAKES = {  # what the line must say; `file` and run/checkpoint.pt are files o
     "dcgan --augment everything": "--augment: invalid choice",
     "dcgan --preset banerjee --dataset anime": "--preset banerjee is a network for 28x28 images",
     "dcgan --dataset anime": "data/anime",
-    "cvaegan --label 3": "give --sample N too",
+    "dcgan --dataset MNIST": "--dataset takes mnist, fashion, digits, anime or a folder of pictures",
+    "dcgan --dataset https://example.org/faces.zip": "unpack an archive first",
+    "dcgan --dataset file": "unpack an archive first",
+    "dcgan --dataset digits --init run": "damaged",
+    "cvaegan --label 3": "--label says which class --sample or --walk draws",
     "cvaegan --sample 3 --label 10": "at most 9",
     "cvaegan --weights nobody": "--weights: invalid choice",
     "cvaegan --batch-size 1": "batch norm needs two images",
 }
 if not torch.cuda.is_available():
-    MISTAKES["gan --device cuda --dataset digits"] = "--device cuda: this machine has"
+    MISTAKES["gan --device cuda --dataset digits"] = "--device cuda: torch finds none here"
 
 
 @pytest.mark.parametrize("command", MISTAKES)

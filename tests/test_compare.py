@@ -92,7 +92,7 @@ def test_sharpness_is_the_slope_of_edges_and_noise_the_size_of_lone_pixels():
 
 def test_walk_figures():
     turn = torch.linspace(0, math.pi / 2, 5)
-    arc = compare.interpolate(torch.tensor([[2.0, 0]]), torch.tensor([[0, 3.0]]), 5)
+    arc = common.interpolate(torch.tensor([[2.0, 0]]), torch.tensor([[0, 3.0]]), 5)
     assert torch.allclose(arc[0], torch.stack([2 * turn.cos(), 3 * turn.sin()], dim=1), atol=1e-3)
     even, jump = torch.arange(17.0)[None, :, None], (torch.arange(17) > 7).float()[None, :, None]
     assert compare.evenness(even * noise(3, 1, 8)) == pytest.approx(1)

@@ -195,7 +195,8 @@ def test_training_leaves_a_whole_folder(trained):
     assert names <= {path.name for path in trained.iterdir()}
     assert len(list((trained / "samples").iterdir())) == 2
     for name, columns, rows in (("classes", 10, 10), ("morph", 10, 10), ("styles", 11, 10)):
-        assert Image.open(trained / f"{name}.png").size == (columns * 30 + 2, rows * 30 + 2)
+        width, height = Image.open(trained / f"{name}.png").size  # a margin and a title around it
+        assert 0 < width - 2 * (columns * 30 + 2) < 100 and 0 < height - 2 * (rows * 30 + 2) < 150
     assert Image.open(trained / "morph.gif").n_frames > 4
     assert (trained / "log.csv").read_text().startswith("epoch,L_D [nats],L_C [nats],L_KL [nats],L_G [squares]")
     assert common.load_checkpoint(trained)["networks"]["class_means"]["real"].abs().sum() > 0
@@ -210,8 +211,8 @@ def test_samples_of_classes_in_turn_and_of_one(trainings, trained, tmp_path):
     ):
         trainings.main("cvaegan", *run, *options, "--to", tmp_path / name)
         assert {path.relative_to(tmp_path / name).as_posix() for path in (tmp_path / name).rglob("*.png")} == expected
-    trainings.main("cvaegan", *run, 9, "--label", 0)
-    assert Image.open(trained / "sample.png").size == (3 * 30 + 2, 3 * 30 + 2)
+    trainings.main("cvaegan", *run, 64)  # the fixed latents' grid: a column a class
+    assert (trained / "sample.png").read_bytes() == (trained / "samples/epoch-0002.png").read_bytes()
     assert before == {name: (trained / name).read_bytes() for name in before}  # drawn anew, and the same
 
 

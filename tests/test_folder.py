@@ -153,7 +153,7 @@ def test_broken_and_foreign_files_are_skipped_counted_and_named(folder, capsys):
 def test_a_folder_without_pictures_is_an_error_that_says_what_is_read(folder, kind, refusal):
     path, words = folder, f"{folder} holds no picture to use: files that end in .jpg .jpeg .jfif .png .webp .bmp"
     if kind in ("missing", "file"):
-        path, words = folder / "nothing", f"there is no folder {folder / 'nothing'}"
+        path, words = folder / "nothing", f"there is no folder {folder / 'nothing'}: --dataset takes mnist"
     if kind == "broken":
         write_broken(folder)
     elif kind in ("file", "text"):

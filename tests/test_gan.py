@@ -103,7 +103,7 @@ def test_training_leaves_a_whole_folder(trainings):
     assert names - {".lock"} == {"checkpoint.pt", "log.csv", *pictures.split()}
     header = "epoch,discriminator loss [nats],generator loss [nats],D(x),D(G(z)),seconds,images per second\n"
     assert (run / "log.csv").read_text().startswith(header)
-    assert Image.open(run / "samples/epoch-0001.png").size == (8 * 30 + 2, 8 * 30 + 2)
+    assert Image.open(run / "samples/epoch-0001.png").size == (2 * (8 * 30 + 2), 2 * (8 * 30 + 2))
     assert Image.open(run / "progress.gif").n_frames == 2
 
 
@@ -119,7 +119,11 @@ def test_samples_in_a_grid_or_a_folder(trainings, tmp_path):
     folder = trainings.finished("gan-guo")
     run = ["--out-dir", str(folder), "--sample"]
     gan.main([*run, "10", "--to", str(tmp_path / "grid.png")])
-    assert Image.open(tmp_path / "grid.png").size == (4 * 30 + 2, 3 * 30 + 2)
+    assert Image.open(tmp_path / "grid.png").size == (4 * (4 * 30 + 2), 4 * (3 * 30 + 2))
+    gan.main([*run, "64", "--to", str(tmp_path / "fixed.png")])
+    assert (tmp_path / "fixed.png").read_bytes() == (folder / "samples/epoch-0002.png").read_bytes()
+    first, other = (next(common.draw_latents(seed, 4)) for seed in (1, 2**32 + 1))
+    assert not torch.equal(first, other)
     for name, count, seed in (("a", 503, 7), ("b", 503, 7), ("c", 5, 8)):  # 500 are drawn at once
         gan.main([*run, str(count), "--to", str(tmp_path / name), "--seed", str(seed)])
     a, b, c = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "abc")

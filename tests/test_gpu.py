@@ -58,7 +58,7 @@ def test_a_resumed_optimizer_runs_as_its_own_device_wants():
     own = torch.optim.Adam(network.parameters(), 0.2, capturable=True, fused=False)
     common.restore({"adam": own}, {"adam": saved.state_dict()})
     group = own.param_groups[0]
-    assert (group["capturable"], group["fused"], group["lr"]) == (True, False, 0.1)
+    assert (group["capturable"], group["fused"], group["lr"]) == (True, False, 0.2)  # as was asked for
     assert own.state_dict()["state"][0]["step"] == 1
 
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ LINES = [line.split("  #")[0].strip() for _, code in BLOCKS for line in code.spl
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
 COMMANDS = [line for line in LINES + INLINE if re.search(r"(\bpython|\buv run|\btorchrun|%run)\b.*\b\w+\.py", line)]
 COMMANDS += [f"gan.py {shlex.join(json.loads(words))}" for words in re.findall(r"main\((\[.*?\])\)", README)]
-OF_A_TRAINED_RUN = r"--(resume|evaluate|(sample|to|label)[= ]\S+)"  # options of no training
+OF_A_TRAINED_RUN = r"--(resume|evaluate|(sample|walk|to|label)[= ]\S+)"  # options of no training
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -35,7 +36,8 @@ def test_every_command_parses(command, tmp_path, monkeypatch):
     of_the_training = shlex.split(re.sub(OF_A_TRAINED_RUN, "", shlex.join(options)))
     if of_the_training != options and script.removesuffix(".py") in SCRIPTS:
         trained = common.run_options(module.parse_args(of_the_training))
-        monkeypatch.setattr(common, "load_checkpoint", lambda *_: {"options": trained})
+        monkeypatch.setattr(common, "load_checkpoint", lambda *_: {"options": trained, "optimizers": {"adam": {}}})
+        monkeypatch.setattr(Path, "exists", lambda path: True)
         assert module.parse_args(options).checkpoint["options"] == trained
     else:
         module.parse_args(options)

@@ -1,11 +1,13 @@
 """vae.py: networks, losses, bounds, the step, evaluation, pictures."""
 
 from argparse import Namespace
+from unittest import mock
 
 import pytest
 import torch
 from PIL import ImageColor
 from torch.distributions import Bernoulli, Normal, kl_divergence
+from torchvision.utils import make_grid
 
 import common
 import vae
@@ -152,7 +154,7 @@ def test_evaluating_has_no_dropout():
     for evaluate in (
         lambda: vae.measure(encoder, decoder, images),
         lambda: vae.bounds(encoder, decoder, images, 3),
-        lambda: vae.draw_reconstructions(encoder, decoder, images).tolist(),
+        lambda: vae.draw_reconstructions(encoder, decoder, images).tobytes(),
     ):
         found = []
         for training in (True, False):
@@ -189,7 +191,9 @@ def test_manifold_goes_right_with_the_first_latent_and_up_with_the_second():
         def forward(self, latents):
             return latents.repeat_interleave(14, dim=1)[:, None, None].expand(-1, 1, 28, 28)
 
-    picture = vae.draw_manifold(Brightness(), torch.device("cpu"), side=20)
+    with mock.patch.object(common, "grid", lambda images, columns: make_grid(images, columns)[:1]):
+        with mock.patch.object(common, "label_panels", lambda panels: panels[0][1]):
+            picture = vae.draw_manifold(Brightness(), torch.device("cpu"), side=20)
     assert picture.shape == (1, 20 * 30 + 2, 20 * 30 + 2)
     first, second = picture[0, 16::30, 9::30], picture[0, 16::30, 23::30]  # (20, 20) each
     assert (first.diff(dim=1) > 0).all() and (first.diff(dim=0) == 0).all()
