@@ -22,6 +22,7 @@ from PIL import Image
 
 import common
 import gan
+import vae
 from tests.conftest import ONE_OF_EACH, ROOT, SCRIPTS, TRAININGS, Script, assert_same_run, make_folder, write_idx
 from tests.test_common import FakeTraining
 
@@ -399,3 +400,63 @@ def test_libraries_that_do_not_fit_are_told_before_any_work(monkeypatch, refusal
     monkeypatch.setitem(sys.modules, "torchvision", None)
     assert "torchvision" in refusal("gan", "--dataset", "digits")
     assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------- resuming and moving on
+def test_one_command_starts_and_goes_on_and_says_what_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    job = "--dataset digits --batch-size 5000 --device cpu --resume --epochs".split()
+    gan.main([*job, "1"])
+    assert "no checkpoint in runs/gan-guo-digits: a new run starts\n" in capsys.readouterr().out
+    gan.main([*job, "1"])
+    assert "the 1 epochs of this run are there: a larger --epochs goes further" in capsys.readouterr().out
+    gan.main([*job, "2", "--batch-size", "2500", "--lr", "1e-4"])
+    assert "from here on --batch-size 2500, before 5000" in capsys.readouterr().out
+    checkpoint = common.load_checkpoint("runs/gan-guo-digits")
+    assert (checkpoint["epoch"], checkpoint["options"]["batch_size"], checkpoint["options"]["lr"]) == (2, 2500, 1e-4)
+    assert checkpoint["optimizers"]["generator"]["param_groups"][0]["lr"] == 1e-4
+
+
+def test_a_run_of_another_machine_draws_and_is_measured_here(tmp_path, monkeypatch, trainings):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trainings.finished("vae-guo"), "run")
+    checkpoint = common.load_checkpoint("run")
+    checkpoint["options"] |= dict(data_dir="/their/data", device="cuda", dataset="digits")
+    torch.save(checkpoint, "run/checkpoint.pt")
+    for option in (["--sample", "4"], ["--evaluate"]):
+        args = vae.parse_args(["--out-dir", "run", *option])
+        assert (args.data_dir, args.device) == (str(tmp_path / "data"), "auto")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_dcgan_starts_from_another_runs_networks(trainings, tmp_path, refusal):
+    start = trainings.finished("dcgan-faces")
+    trainings.train("dcgan-faces", tmp_path / "run", "--epochs", 1, "--init", start, "--lr", "1e-9")
+    one, other = (common.load_checkpoint(folder)["networks"]["generator"] for folder in (start, tmp_path / "run"))
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one if name.endswith("weight"))
+    options = ["--dataset", "digits", "--out-dir", tmp_path / "other", "--init", start]
+    assert "does not fit these networks" in refusal("dcgan", *options)
+    assert "was written by gan.py" in refusal("dcgan", *options[:-1], trainings.finished("gan-guo"))
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_found(trainings, tmp_path, refusal):
+    shutil.copytree(trainings.finished("gan-guo"), tmp_path / "run")
+    with open(tmp_path / "run/checkpoint.pt", "r+b") as file:
+        file.seek(100_000)
+        byte = file.read(1)[0]
+        file.seek(100_000)
+        file.write(bytes([byte ^ 1]))
+    assert "is damaged" in refusal("gan", "--out-dir", tmp_path / "run", "--sample", 4)
+
+
+def test_samples_that_are_all_the_same_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gan, "generate", lambda generator, latents: torch.ones(len(latents), 1, 28, 28))
+    gan.main(f"--dataset digits --batch-size 5000 --epochs 1 --out-dir {tmp_path}/run".split())
+    assert "warning: all samples are the same" in capsys.readouterr().out
+
+
+@FULL
+@pytest.mark.parametrize("script", [*SCRIPTS, "compare", "crawl_anime"])
+def test_without_docstrings(script, tmp_path):
+    told = subprocess.run([sys.executable, "-OO", ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+    assert told.returncode == 0 and "--help" in told.stdout and not told.stderr

@@ -149,6 +149,17 @@ def test_broken_and_foreign_files_are_skipped_counted_and_named(folder, capsys):
     assert len(load(folder)) == 1
 
 
+def test_pixels_of_unknown_range_are_skipped_and_a_dim_folder_is_told(folder, capsys):
+    Image.new("F", (9, 9), 0.5).save(folder / "float.tiff")
+    Image.new("I", (9, 9), 4000).save(folder / "signed.tiff")
+    for i in range(3):
+        Image.new("I;16", (9, 9), 1300 * i).save(folder / f"{i}.png")  # 12 bits of 16
+    assert load(folder).aminmax().max == 10
+    shown = capsys.readouterr().out
+    assert "skipped 2 of 5 files, such as float.tiff (float or 32-bit pixels, of unknown range)" in shown
+    assert "warning: the images hardly differ in brightness (0 to 10 of 255)" in shown
+
+
 @pytest.mark.parametrize("kind", ["missing", "file", "empty", "text", "broken"])
 def test_a_folder_without_pictures_is_an_error_that_says_what_is_read(folder, kind, refusal):
     path, words = folder, f"{folder} holds no picture to use: files that end in .jpg .jpeg .jfif .png .webp .bmp"
