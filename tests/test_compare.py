@@ -342,24 +342,36 @@ def test_a_grid_of_which_all_runs_failed(quick, monkeypatch, refusal):
 def test_the_study_trains_what_it_is_asked_to_measures_it_and_draws_it(quick, monkeypatch, capsys):
     write_idx(quick, 200)
     monkeypatch.setattr(compare, "SAMPLES", 100)
-    words = ["--data-dir", str(quick), "--epochs", "1", "gan-guo", "vae-guo"]
+    names = ["gan-guo-mnist", "vae-guo-mnist", "gan-guo-mnist-conventional"]
+    words = ["--data-dir", str(quick), "--epochs", "1", *names]
     study.main(words)
-    study.main([*words, "--epochs", "2"])  # goes on with both
-    assert [row["epochs"] for row in json.loads(Path("comparison.json").read_text())["rows"][1:]] == [2, 2]
-    assert "gan-guo                        2" in capsys.readouterr().out
-    study.main(["--figure", "runs/gan-guo", "runs/vae-guo", "--to", "both.png"])
+    study.main([*words, "--epochs", "2"])  # goes on with those that can
+    rows = json.loads(Path("comparison.json").read_text())["rows"][1:]
+    assert [(row["run"], row["epochs"]) for row in rows] == list(zip(names, [2, 2, 1]))
+    study.main(["--figure", "runs/gan-guo-mnist", "runs/vae-guo-mnist", "--to", "both.png"])
     width, height = Image.open("both.png").size
     assert width > 2 * 466 and 466 < height < 600
+    kept = [str(study.keep(Path("runs", name), quick).parent) for name in names]
+    assert all(Path(folder, "checkpoint.pt").stat().st_size < 2e6 for folder in kept)
+    compare.main([*kept, "--data-dir", str(quick)])
+    for row, whole in zip(json.loads(Path("comparison.json").read_text())["rows"][1:], rows):  # 16 bits are enough
+        assert row["Frechet"] == pytest.approx(whole["Frechet"], rel=0.02)
+        assert (row["parameters"], row["minutes"]) == (whole["parameters"], whole["minutes"])
+    with pytest.raises(SystemExit, match="2"):
+        gan.main(["--out-dir", kept[0], "--resume", "--epochs", "9"])
+    assert "was kept for drawing" in capsys.readouterr().err
     cvaegan.main([*words[:2], "--epochs", "2", "--out-dir", "runs/cvaegan"])
-    claims = ["--claims", "runs/absent", "runs/cvaegan", "runs/gan-guo", "--data-dir", str(quick)]
+    claims = ["--claims", "runs/absent", "runs/cvaegan", "runs/gan-guo-mnist", "--data-dir", str(quick)]
     with pytest.raises(SystemExit, match="2"):
         study.main(claims)
     out, err = capsys.readouterr()
     assert err.startswith("study.py: error: there is no folder runs/absent")  # the others are measured
     classes, gan = out.splitlines()[-2:]
-    assert re.fullmatch(r"gan-guo: unsure [\d.]+% \(real [\d.]+%; .+\); kept 1-2: [01]\.\d\d", gan)
+    assert re.fullmatch(
+        r"gan-guo-mnist: unsure [\d.]+% \(real [\d.]+%; .+\); kept 1-2: [01]\.\d\d; last epoch 2, .+", gan
+    )
     number = r"(-?[\d.]+)"
-    figures = rf"cvaegan: unsure .+; kept 1-2: .+; morphs {number}; styles {number}%, ink {number}, slant {number}"
+    figures = rf"cvaegan: unsure .+; kept 1-2: .+; morphs {number} \(\d+%, .+\); styles {number}%, ink {number}, slant {number}"
     morphs, styles, ink, slant = map(float, re.fullmatch(figures, classes).groups())
     assert 1 / 16 <= morphs <= 1 and 0 <= styles <= 100 and -1 <= ink <= 1 and -1 <= slant <= 1
 
