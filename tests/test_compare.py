@@ -350,7 +350,7 @@ def test_the_study_trains_what_it_is_asked_to_measures_it_and_draws_it(quick, mo
     assert [(row["run"], row["epochs"]) for row in rows] == list(zip(names, [2, 2, 1]))
     study.main(["--figure", "runs/gan-guo-mnist", "runs/vae-guo-mnist", "--to", "both.png"])
     width, height = Image.open("both.png").size
-    assert width > 2 * 466 and 466 < height < 600
+    assert width > 2 * 484 and 484 < height < 600
     kept = [str(study.keep(Path("runs", name), quick).parent) for name in names]
     assert all(Path(folder, "checkpoint.pt").stat().st_size < 2e6 for folder in kept)
     compare.main([*kept, "--data-dir", str(quick)])
@@ -366,12 +366,12 @@ def test_the_study_trains_what_it_is_asked_to_measures_it_and_draws_it(quick, mo
         study.main(claims)
     out, err = capsys.readouterr()
     assert err.startswith("study.py: error: there is no folder runs/absent")  # the others are measured
-    classes, gan = out.splitlines()[-2:]
-    assert re.fullmatch(
-        r"gan-guo-mnist: unsure [\d.]+% \(real [\d.]+%; .+\); kept 1-2: [01]\.\d\d; last epoch 2, .+", gan
-    )
+    classes, digits = out.splitlines()[-2:]
+    pattern = r"gan-guo-mnist: unsure [\d.]+% \(real [\d.]+%; .+\); kept 1-2: [01]\.\d\d; last epoch 2, .+"
+    assert re.fullmatch(pattern, digits)
     number = r"(-?[\d.]+)"
-    figures = rf"cvaegan: unsure .+; kept 1-2: .+; morphs {number} \(\d+%, .+\); styles {number}%, ink {number}, slant {number}"
+    figures = rf"cvaegan: unsure .+; kept 1-2: .+; morphs {number} \(\d+%, .+\); "
+    figures += rf"styles {number}%, ink {number}, slant {number}"
     morphs, styles, ink, slant = map(float, re.fullmatch(figures, classes).groups())
     assert 1 / 16 <= morphs <= 1 and 0 <= styles <= 100 and -1 <= ink <= 1 and -1 <= slant <= 1
 
