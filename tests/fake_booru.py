@@ -39,18 +39,14 @@ class FakeBooru(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.log, self.faults, self.always = [], defaultdict(list), {}
-        self.robots: str | None = None
-        self.searches: list[str] = []
+        self.log, self.faults, self.always, self.searches = [], defaultdict(list), {}, []
         self.stock(3)
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def stock(self, count: int, page: int = 100) -> None:
         """Let the site have these posts alone, so many on a page."""
-        self.posts: list[dict] = []
-        self.files: dict[str, bytes] = {}
-        self.page = page
+        self.posts, self.files, self.page = [], {}, page
         for number in range(1, count + 1):
             self.add(number, encode(draw(number)))
 
@@ -69,10 +65,6 @@ class FakeBooru(ThreadingHTTPServer):
     def handle_error(self, *_):
         pass  # clients that go away are part of the play
 
-    def close(self):
-        self.shutdown()
-        self.server_close()
-
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -89,8 +81,6 @@ class Handler(BaseHTTPRequestHandler):
                 server.faults[path].pop(0)(self)
             elif path in server.always:
                 server.always[path](self)
-            elif path == "/robots.txt":
-                self.answer(200 if server.robots is not None else 404, (server.robots or "").encode())
             elif path in ("/posts.json", "/post.json", "/index.php"):
                 self.answer_search()
             elif path in server.files:
@@ -106,33 +96,26 @@ class Handler(BaseHTTPRequestHandler):
         danbooru, gelbooru = parts.path == "/posts.json", parts.path == "/index.php"
         self.server.searches.append(query["tags"])
         below = [int(word[4:]) for word in query["tags"].split() if word.startswith("id:<")]
-        if danbooru and query.get("page", "").startswith("b"):
-            below.append(int(query["page"][1:]))
+        if danbooru and "page" in query:
+            below.append(int(query["page"].removeprefix("b")))
         limit = min(self.server.page, int(query["limit"]), 200 if danbooru else 100)
         posts = [post for post in self.server.posts if all(post["id"] < number for number in below)][:limit]
         if gelbooru and not posts:
             return self.answer(200)  # no results: an empty body
-        describe = self.danbooru if danbooru else self.gelbooru if gelbooru else self.moebooru
-        page = [post["raw"] if "raw" in post else describe(post) for post in posts]
+        page = [post["raw"] if "raw" in post else self.describe(post, danbooru, gelbooru) for post in posts]
         self.answer(200, json.dumps(page).encode(), "application/json")
 
-    def danbooru(self, post: dict) -> dict:
-        raw = dict(id=post["id"], rating=post.get("rating", "g"), tag_string=post.get("tags", "1girl solo"))
-        raw |= dict(tag_string_artist=post.get("artist", ""), source=post.get("source", ""))
-        return raw | self.addresses(post, "large_file_url", post["path"])
-
-    def moebooru(self, post: dict, rating: str = "s") -> dict:
-        raw = dict(id=post["id"], rating=post.get("rating", rating), tags=post.get("tags", "smile"))
-        return raw | dict(source=post.get("source", "")) | self.addresses(post, "sample_url", None)
-
-    def gelbooru(self, post: dict) -> dict:
-        return self.moebooru(post, "general")
-
-    def addresses(self, post: dict, sample: str, usual: str | None) -> dict:
-        """A post's file, unless it was deleted, and its sample, which is the `usual` one if it has none."""
-        found = {} if post.get("deleted") else {"file_url": self.server.url + post["path"]}
-        place = post.get("sample") or (usual if found else None)
-        return found | ({sample: self.server.url + place} if place else {})
+    def describe(self, post: dict, danbooru: bool, gelbooru: bool) -> dict:
+        """A post in its family's words. Danbooru gives a sample always, the others if it differs."""
+        raw = dict(id=post["id"], rating="g" if danbooru else "general" if gelbooru else "s", source="")
+        raw |= {key: post[key] for key in ("rating", "source") if key in post}
+        raw["tag_string" if danbooru else "tags"] = post.get("tags", "1girl solo")
+        raw |= dict(tag_string_artist=post.get("artist", "")) if danbooru else {}
+        if post.get("deleted"):
+            return raw
+        sample = post.get("sample", post["path"] if danbooru else None)
+        raw |= {"large_file_url" if danbooru else "sample_url": self.server.url + sample} if sample else {}
+        return raw | {"file_url": self.server.url + post["path"]}
 
     def answer(self, status: int, body: bytes = b"", kind: str | None = "text/plain", **headers):
         self.send_response(status)
@@ -145,14 +128,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 # Faults: each gets the handler of the request that it spoils.
-
-
 def status(code: int, body: bytes = b"", **headers):
     return lambda handler: handler.answer(code, body, **headers)
-
-
-def redirect(place: str, code: int = 302):
-    return status(code, b"moved", Location=place)
 
 
 def picture(body: bytes, **headers):
@@ -168,22 +145,13 @@ def reset(handler):
     handler.connection.close()
 
 
-def short(handler):
-    handler.answer(200, b"\x89PNG only the beginning", "image/png", Content_Length="5000")
+def stream(piece: bytes, pause: float = 0):
+    """A picture without an end."""
 
+    def play(handler):
+        handler.answer(200, b"", "image/png", Content_Length=None)
+        while True:
+            handler.wfile.write(piece)
+            time.sleep(pause)
 
-def endless(handler):
-    handler.answer(200, b"", "image/png", Content_Length=None)
-    while True:
-        handler.wfile.write(bytes(2**20))
-
-
-def drip(handler):
-    handler.answer(200, b"", "image/png", Content_Length="100000")
-    while True:
-        handler.wfile.write(b"x")
-        time.sleep(0.02)
-
-
-def silence(handler):
-    time.sleep(3)
+    return play

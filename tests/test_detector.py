@@ -1,4 +1,4 @@
-"""The face detector against brute force on a made-up cascade, and on real pictures under DATA_DIR."""
+"""The face detector against brute force on a made-up cascade, and on real pictures under DATA_DIR; where it is cut."""
 
 import random
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import crawl_anime
+from tests.fake_booru import draw, encode
+from tests.test_crawl import crops, rows, run
 
 WINDOW = 8
 
@@ -128,7 +131,7 @@ def test_merging():
 def test_a_file_that_is_no_cascade(tmp_path, text):
     path = tmp_path / "cascade.xml"
     path.write_text(text)
-    with pytest.raises(crawl_anime.common.UserError, match="cascade"):
+    with pytest.raises(common.UserError, match="cascade"):
         crawl_anime.read_cascade(str(path))
 
 
@@ -154,7 +157,51 @@ def overlap(a, b) -> float:
 def test_real_faces_as_opencv_finds_them(name, real_data):
     if not (real_data / "illustrations" / name).exists():
         pytest.skip("DATA_DIR has no illustrations")
-    image = crawl_anime.decode(real_data / "illustrations" / name)
+    image = common.open_picture(real_data / "illustrations" / name)
     found = crawl_anime.find_faces(image, crawl_anime.read_cascade(str(real_data / "lbpcascade_animeface.xml")), 48, 5)
     assert len(found) == len(OPENCV[name])
     assert all(max(overlap(face, other) for other in found) > 0.8 for face in OPENCV[name])
+
+
+def test_known_crops(real_data, tmp_path):
+    """The boxes that the detector finds in pictures on the disk, in their own pixels; fewer with more neighbours."""
+    if not (real_data / "illustrations").is_dir():
+        pytest.skip("DATA_DIR has no illustrations")
+    (tmp_path / "pictures").mkdir()
+    for name in ("cc_lovino_1.jpg", "cc_luffy_1.jpg", "cc_rin_1.png"):
+        (tmp_path / "pictures" / name).write_bytes((real_data / "illustrations" / name).read_bytes())
+    command = ("--from-dir", tmp_path / "pictures", "--cascade", real_data / "lbpcascade_animeface.xml", "--to")
+    assert run(*command, tmp_path / "faces") == 0
+    boxes = [row["boxes"] or row["reason"] for row in rows(tmp_path / "faces").values()]
+    assert boxes == ["192_196_248", "131_102_78", "no face"]
+    assert run(*command, tmp_path / "close", "--margin", 1, "--neighbours", 8) == 0
+    (name,) = crops(tmp_path / "close")
+    assert crops(tmp_path / "close")[name] != crops(tmp_path / "faces")[name]
+
+
+@pytest.mark.parametrize(
+    "size, box, expected",
+    [
+        ((400, 300), (150, 100, 100), (125, 65, 150)),  # 1.5 sides around the middle, a tenth of the face higher
+        ((400, 300), (0, 0, 100), (0, 0, 150)),  # moved in
+        ((400, 300), (300, 200, 100), (250, 150, 150)),
+        ((400, 120), (150, 10, 100), (140, 0, 120)),  # shrunk
+    ],
+)
+def test_where_a_face_is_cut_out(size, box, expected):
+    image = draw(1).resize(size)
+    jpeg, kept_box, _, _ = crawl_anime.cut(image, box, 1.5, False)
+    left, top, side = expected
+    face = image.resize((256, 256), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    assert kept_box == box and jpeg == encode(face, "JPEG", quality=95)
+
+
+def test_the_detectors_file_is_downloaded_and_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    draw(1).save(tmp_path / "pictures/1.png")
+    (tmp_path / "file.xml").write_text("half of it")
+    for name, message in (("nothing.xml", "--detector none"), ("file.xml", "invalid hash")):
+        monkeypatch.setattr(crawl_anime, "CASCADE_URL", (tmp_path / name).as_uri())
+        assert run("--from-dir", "pictures") == 3 and message in capsys.readouterr().err
+    assert not list(tmp_path.glob("data/*.*"))
