@@ -584,7 +584,7 @@ def read_table(path: Path) -> list[dict]:
         if lines and last and len(lines[-1]) < len(fields):
             del lines[-1]  # a kill or a full disk tore it
         if set(fields) - {"options"} != set(FIELDS) or any(len(line) != len(fields) for line in lines):
-            raise ValueError("other columns")  # tables had options until September 2026
+            raise ValueError("other columns")  # earlier tables had options, too
     except (csv.Error, ValueError) as error:
         raise common.UserError(f"{path} is damaged or another's ({error}): move it away") from error
     return [dict(zip(fields, line)) for line in lines]

@@ -86,11 +86,6 @@ MAPS = {  # of an image's side: the sides of the feature maps, smallest first, a
 }
 
 
-def doubling(smaller: int, larger: int) -> dict:
-    """A convolution between two sides, one of them twice the other or (4 and 7) one less."""
-    return dict(kernel_size=4 if larger == 2 * smaller else 3, stride=2, padding=1)
-
-
 class Generator(nn.Sequential):
     """Latents (N, latent_size) to images (N, channels, image_size, image_size) in [-1, 1]."""
 
@@ -101,24 +96,33 @@ class Generator(nn.Sequential):
         layers += [nn.ConvTranspose2d(latent_size, widths[0], sides[0], bias=False)]  # (N, width, side, side)
         layers += [nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
         for i in range(1, len(sides)):
-            size = doubling(sides[i - 1], sides[i])
-            layers += [nn.ConvTranspose2d(widths[i - 1], widths[i], **size, bias=False)]
+            kernel = 4 if sides[i] == 2 * sides[i - 1] else 3  # 3: from 4 to 7
+            layers += [nn.ConvTranspose2d(widths[i - 1], widths[i], kernel, stride=2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(widths[i]), nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1), nn.Tanh())
 
 
 class Discriminator(nn.Sequential):
-    """Images (N, channels, image_size, image_size) in [-1, 1] to logits (N,) of being real."""
+    """Images (N, channels, image_size, image_size) in [-1, 1] to logits (N,) of being real.
+
+    Of digits it sees more: kernels of 5, as in Radford et al.'s code, and a layer of 128 features of the whole image
+    before the logit. With kernels of 4 and no such layer a digit's shape counts only as the sum of its sixteen parts.
+    """
 
     def __init__(self, image_size: int, channels: int, features: int):
         sides, widths = (part[::-1] for part in MAPS[image_size])
-        widths = [features * width for width in widths]
-        layers = [nn.Conv2d(channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
-        for i in range(1, len(sides)):
-            size = doubling(sides[i], sides[i - 1])
-            layers += [nn.Conv2d(widths[i - 1], widths[i], **size, bias=False)]
-            layers += [nn.BatchNorm2d(widths[i]), nn.LeakyReLU(0.2, inplace=True)]
-        super().__init__(*layers, nn.Conv2d(widths[-1], 1, sides[-1]), nn.Flatten(0))  # (N, 1, 1, 1), then (N,)
+        widths = [channels, *(features * width for width in widths)]
+        kernel, padding = (5, 2) if image_size == 28 else (4, 1)
+        layers = []
+        for i in range(len(sides)):
+            layers += [nn.Conv2d(widths[i], widths[i + 1], kernel, stride=2, padding=padding, bias=i == 0)]
+            layers += [nn.BatchNorm2d(widths[i + 1])] if i > 0 else []
+            layers += [nn.LeakyReLU(0.2, inplace=True)]
+        if image_size == 28:
+            layers += [nn.Conv2d(widths[-1], 128, sides[-1]), nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(128, 1, 1)]
+        else:
+            layers += [nn.Conv2d(widths[-1], 1, sides[-1])]
+        super().__init__(*layers, nn.Flatten(0))  # (N, 1, 1, 1), then (N,)
 
 
 def initialise(layer: nn.Module) -> None:

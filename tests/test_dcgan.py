@@ -52,10 +52,12 @@ def test_networks_have_a_layer_for_each_doubling_and_a_logit_that_sees_every_pix
     assert networks["discriminator"](images).shape == (2,)
     for network, kind in (("generator", nn.ConvTranspose2d), ("discriminator", nn.Conv2d)):
         layers = [layer for layer in networks[network] if isinstance(layer, kind)]
-        assert len(layers) == {28: 4, 32: 4, 64: 5, 128: 6}[size]
-        channels = [layer.out_channels for layer in layers][:-1]
-        widths = [8 * 2**i for i in range(len(layers) - 1)]
-        assert channels == (widths if network == "discriminator" else widths[::-1])
+        count = {28: 4, 32: 4, 64: 5, 128: 6}[size]
+        widths = [8 * 2**i for i in range(count - 1)]
+        expected = (
+            [*widths, *[128] * (size == 28), 1] if network == "discriminator" else [*widths[::-1], len(images[0])]
+        )
+        assert [layer.out_channels for layer in layers] == expected
     images = torch.randn(1, *images.shape[1:], requires_grad=True)
     (gradient,) = torch.autograd.grad(networks["discriminator"].eval()(images).sum(), images)
     assert (gradient != 0).all()
@@ -66,7 +68,7 @@ def test_the_network_for_digits_follows_the_reports_rules():
     block = ["ConvTranspose2d", "BatchNorm2d", "ReLU"]
     assert kinds["generator"] == ["Unflatten", *block * 3, "ConvTranspose2d", "Tanh"]
     block = ["Conv2d", "BatchNorm2d", "LeakyReLU"]
-    assert kinds["discriminator"] == ["Conv2d", "LeakyReLU", *block * 2, "Conv2d", "Flatten"]
+    assert kinds["discriminator"] == ["Conv2d", "LeakyReLU", *block * 2, "Conv2d", "LeakyReLU", "Conv2d", "Flatten"]
 
 
 def parameters_of(network: nn.Module) -> int:
@@ -81,7 +83,8 @@ def parameters_of(network: nn.Module) -> int:
             "digits",
             "guo",
             (100 * 128 * 16 + 2 * 128) + (128 * 64 * 9 + 2 * 64) + (64 * 32 * 16 + 2 * 32) + (32 * 16 + 1),
-            (16 * 32 + 32) + (32 * 64 * 16 + 2 * 64) + (64 * 128 * 9 + 2 * 128) + (128 * 16 + 1),
+            # 1-32-64-128 5x5, 128-128 4x4, 128-1 1x1
+            (25 * 32 + 32) + (32 * 64 * 25 + 2 * 64) + (64 * 128 * 25 + 2 * 128) + (128 * 128 * 16 + 128) + 129,
         ),
         # PyTorch's own DCGAN example has 3,576,704 and 2,765,568: it leaves out the biases next to image and logit
         ("faces", "guo", 3_576_704 + 3, 2_765_568 + 64 + 1),
