@@ -77,6 +77,8 @@ def replacing(path: str | Path, sync: bool = True) -> Iterator[Path]:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder while the block runs. UserError if one is in it."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"can't write into {folder}: name another folder")
     fresh, works = folder / f".lock.{os.urandom(6).hex()}.tmp", False
     with contextlib.ExitStack() as held:
         held.callback(fresh.unlink, missing_ok=True)
@@ -152,10 +154,10 @@ def absolute_path(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text))
 
 
-def number(kind: type, low: float, high: float = 2**63) -> Callable:
+def number(kind: type, low: float, high: float = sys.float_info.max) -> Callable:
     """An argparse type: an int or a float from low to high."""
     noun = f"{'a whole number' if kind is int else 'a number'} of at least {low:g}"
-    noun += f" and at most {high:g}" if high < 2**62 else ""
+    noun += f" and at most {high:g}" if high < sys.float_info.max else ""
 
     def convert(text: str):
         with contextlib.suppress(ValueError):
@@ -170,6 +172,7 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Nam
     """What was typed, over the checkpoint's options (if one is asked for), over the preset's."""
     if argv is None and "kernel_launcher" in sys.argv[0]:  # pasted into a notebook, which has its own
         argv = []
+    argv = None if argv is None else [str(word) for word in argv]  # main(["--epochs", 5])
     args = parser.parse_args(argv)
     numbers = dict(presets[args.preset])
     of_folders = numbers.pop("folder", {})  # what differs for folders of images
@@ -239,6 +242,8 @@ def reporting_errors(program: str) -> Iterator[None]:
         status, told = 130, str(interrupt) or "interrupted"
     except (UserError, OSError) as error:
         status, told = getattr(error, "status", 2), f"error: {error}"  # 3: the crawler's source failed
+        if getattr(error, "filename", None):
+            told = f"error: {error.filename}: {error.strerror}"
     except (MemoryError, RuntimeError) as error:
         text = str(error).lower()  # torch has no type for the processor's memory
         status, told = 2, "error: out of memory: a smaller --batch-size needs less"
@@ -833,7 +838,7 @@ class Run:
         if self.saved > args.epochs:
             raise UserError(f"the run has {self.saved} epochs already, --epochs asks for {args.epochs}")
         if self.saved == args.epochs:
-            self.tell(f"the {self.saved} epochs of this run are there: a larger --epochs goes further")
+            self.tell(f"nothing to do: epoch {self.saved} is there; a larger --epochs goes further")
         if count < args.batch_size:
             raise UserError(f"--batch-size {args.batch_size} is larger than the data: {count:,} images")
         if args.batch_size % processes():

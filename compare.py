@@ -432,8 +432,8 @@ def load_run(folder: Path, args: Namespace, device: torch.device) -> Measurable:
             row["epochs asked"] = options["epochs"]
         size = None if options["dataset"] in common.LABELLED else options["image_size"]
         dataset = common.absolute_path(args.dataset) if args.dataset and size else options["dataset"]
-        data_dir = args.data_dir or options.get("data_dir", "data")
-        data_dir = data_dir if Path(data_dir).is_dir() else "data"  # the run's is of another machine
+        own = options.get("data_dir", "data")
+        data_dir = args.data_dir or (own if Path(own).is_dir() else "data")  # the run's may be of another machine
         return Measurable((dataset, size, data_dir), checkpoint["data"], row, sampler)
     except Exception as error:  # a damaged checkpoint raises whatever its contents lead to
         why = f"{type(error).__name__}: {error}"

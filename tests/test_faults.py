@@ -409,7 +409,7 @@ def test_one_command_starts_and_goes_on_and_says_what_is_there(tmp_path, monkeyp
     gan.main([*job, "1"])
     assert "no checkpoint in runs/gan-guo-digits: a new run starts\n" in capsys.readouterr().out
     gan.main([*job, "1"])
-    assert "the 1 epochs of this run are there: a larger --epochs goes further" in capsys.readouterr().out
+    assert "nothing to do: epoch 1 is there; a larger --epochs goes further" in capsys.readouterr().out
     gan.main([*job, "2", "--batch-size", "2500", "--lr", "1e-4"])
     assert "from here on --batch-size 2500, before 5000" in capsys.readouterr().out
     checkpoint = common.load_checkpoint("runs/gan-guo-digits")

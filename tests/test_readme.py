@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import common
 import compare
@@ -14,11 +15,13 @@ from tests.conftest import ROOT, SCRIPTS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.S)
-CELLS = [code for language, code in BLOCKS if language == "python"]
+CODE = [code for language, code in BLOCKS if language == "python"]
+OWN_CODE = [code for code in CODE if "import torch" in code]
+CELLS = [code for code in CODE if code not in OWN_CODE]
 LINES = [line.split("  #")[0].strip() for _, code in BLOCKS for line in code.splitlines()]
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
 COMMANDS = [line for line in LINES + INLINE if re.search(r"(\bpython|\buv run|\btorchrun|%run)\b.*\b\w+\.py", line)]
-COMMANDS += [f"gan.py {shlex.join(json.loads(words))}" for words in re.findall(r"main\((\[.*?\])\)", README)]
+COMMANDS += [f"gan.py {shlex.join(map(str, json.loads(words)))}" for words in re.findall(r"main\((\[.*?\])\)", README)]
 OF_A_TRAINED_RUN = r"--(resume|evaluate|(sample|walk|to|label)[= ]\S+)"  # options of no training
 
 
@@ -41,6 +44,20 @@ def test_every_command_parses(command, tmp_path, monkeypatch):
         assert module.parse_args(options).checkpoint["options"] == trained
     else:
         module.parse_args(options)
+
+
+@pytest.mark.full
+def test_the_code_of_ones_own_runs(trainings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/vae-guo-digits").symlink_to(trainings.finished("vae-guo"))
+    names = {}
+    for code in OWN_CODE:
+        exec(code, names)
+    assert Path("grid.png").exists() and names["walk"].shape == (9, 1, 28, 28)
+    latents = torch.randn(1, 2)
+    drawn = names["exported"].module()(latents).sigmoid()
+    torch.testing.assert_close(drawn, names["sampler"].generate(latents))
 
 
 @pytest.mark.full
@@ -69,7 +86,7 @@ def test_the_notebook_cells_run_in_an_empty_folder(tmp_path):
     for cell in CELLS:
         cell = re.sub(r"# the text of (\w+\.py)", lambda found: text(found[1]), cell)
         cell = re.sub(r"from google\.colab .*", lambda _: stand_in, cell)
-        cells.append(cell.replace('"--epochs", "20"', '"--epochs", "2"').replace("--epochs 10", "--epochs 1"))
+        cells.append(cell.replace('"--epochs", 20', '"--epochs", 2').replace("--epochs 10", "--epochs 1"))
     assert len(cells) == 4 and "%%writefile common.py\n" in cells[0] and "def train(" in cells[1]
     folder = tmp_path / "empty"
     folder.mkdir()
