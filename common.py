@@ -190,18 +190,19 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Nam
     if wanted == ["resume"] and not Path(out_dir, "checkpoint.pt").exists():
         show_line(f"{script}: no checkpoint in {out_dir}: a new run starts{nearby(out_dir)}")
         wanted, args.resume = [], False
-    if not wanted:
-        return args
-    checkpoint = load_checkpoint(out_dir, script)
+    return over_checkpoint(parser, args, argv) if wanted else args
+
+
+def over_checkpoint(parser: Parser, args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
+    """What was typed over the options of the run in `args.out_dir`, which may be of another machine."""
+    checkpoint = load_checkpoint(args.out_dir, args.script)
     stored = checkpoint["options"]
     if odd := sorted(set(stored) ^ set(run_options(args))):
-        parser.error(f"the checkpoint is of another {script}.py (options {odd}): train anew")
+        parser.error(f"the checkpoint is of another {args.script}.py (options {odd}): train anew")
     if args.resume and not checkpoint["optimizers"]:
-        parser.error(f"{out_dir} was kept for drawing: it holds no optimizer, with which --resume could go on")
-    here = {"device": args.device, "data_dir": stored["data_dir"]}  # the run may be of another machine
-    if not Path(stored["data_dir"]).is_dir():
-        here["data_dir"] = args.data_dir
-    parser.set_defaults(**stored | here, checkpoint=checkpoint)
+        parser.error(f"{args.out_dir} was kept for drawing: it holds no optimizer, with which --resume could go on")
+    data_dir = stored["data_dir"] if Path(stored["data_dir"]).is_dir() else args.data_dir
+    parser.set_defaults(**stored | dict(device=args.device, data_dir=data_dir), checkpoint=checkpoint)
     args = parser.parse_args(argv)
     free = {"data_dir", "device", "precision"} | ({"epochs", "lr", "batch_size"} if args.resume else {"seed"})
     if args.resume and not {args.dataset, stored["dataset"]} & set(LABELLED):
@@ -211,7 +212,7 @@ def parse(parser: Parser, presets: dict, argv: list[str] | None) -> argparse.Nam
         if value != own and name not in free:
             parser.error(f"{typed} contradicts the checkpoint's {own}: leave it out, or train anew")
         if value != own and name in ("lr", "batch_size"):
-            show_line(f"{script}: from here on {typed}, before {own}")
+            show_line(f"{args.script}: from here on {typed}, before {own}")
     return args
 
 

@@ -230,6 +230,7 @@ def test_a_fifth_model_joins_and_every_file_agrees(fifth, quick, capsys):
     assert width > 1000 and height > 4 * 60
 
 
+@pytest.mark.full
 def test_a_folder_of_pictures_is_a_row_and_seeds_of_one_run_are_one(fifth, quick, digits, refusal):
     for i, image in enumerate(digits[1].images.repeat(3, 1, 1, 1)[:1000]):
         picture = common.to_picture(image)
