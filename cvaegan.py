@@ -153,7 +153,11 @@ class ClassMeans(nn.Module):
         self.register_buffer("prior", torch.zeros(CLASSES, FEATURES))
 
     def forward(self, name: str, features: Tensor, classes: Tensor) -> Tensor:
-        """Update with a batch, features (N, 128) and classes (N, 10). Gradients flow through the batch alone."""
+        """Update with a batch, features (N, 128) and classes (N, 10).
+
+        Gradients flow through the batch alone, which is a tenth of the new mean: L_GC's weight, also the paper's, acts
+        as a tenth of itself.
+        """
         counts = sum_over_processes(classes.sum(0)[:, None])  # (10, 1)
         batch_means = sum_over_processes(classes.T @ features) / counts.clamp(min=1)
         means = getattr(self, name)

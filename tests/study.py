@@ -16,6 +16,7 @@ The conventional rows are the loops of conventional.py, as the reports' notebook
              and the commonest pairs of classes among those samples
     kept     share of the 64 fixed latents whose pictures show the same class after both epochs named
     last     the last epoch's row of the log
+    losses   VAE: of 10,000 training and of all test images, in nats, both without dropout
     morphs   CVAE-GAN: evenness of the way from each class to the next, latent and label together (compare.py's walk),
              and the shares of its change, in features, that fall in each quarter of the way
     styles   CVAE-GAN: test images' latents under the nine other labels: share in which the judge sees that label, and
@@ -40,6 +41,7 @@ from PIL import Image  # noqa: E402
 import common  # noqa: E402
 import compare  # noqa: E402
 import cvaegan  # noqa: E402
+import vae  # noqa: E402
 from tests import conventional  # noqa: E402
 
 ROWS = {  # of the study's table: script and options
@@ -155,6 +157,14 @@ def measure_claims(folder: str, options: argparse.Namespace) -> str:
     last = {name: value for name, value in checkpoint["history"][-1].items() if "second" not in name}
     line += "; last " + ", ".join(f"{name.partition(' [')[0]} {value:.4g}" for name, value in last.items())
 
+    if checkpoint["script"] == "vae":
+        networks = vae.build(argparse.Namespace(**checkpoint["options"]))
+        common.restore(networks, checkpoint["networks"])
+        for train in (True, False):  # both without dropout
+            images = common.load_data(dataset, options.data_dir, train).images[:10_000]
+            common.seed_everything(0)
+            (loss, *_) = vae.measure(*networks.values(), images).values()
+            line += f"; {'train' if train else 'test'} loss {loss:.2f}"
     if checkpoint["script"] == "cvaegan":
         networks = cvaegan.load_networks(checkpoint, device)
         real = cvaegan.load_test_images(argparse.Namespace(dataset=dataset, data_dir=options.data_dir))
