@@ -321,7 +321,8 @@ class Table:
             self.shares = classes.bincount(minlength=10).clamp(min=1) / len(classes)  # as the judge sees them
             self.accuracy = (classes == test.labels[test_order]).double().mean().item()
             kind = f"test images, {self.accuracy:.2%} known to the judge"
-        self.title = f"{self.name}: measured against {len(self.images):,} {kind}; SHA-256 of the judge {self.judge_hash[:12]}"
+        kind += f"; SHA-256 of the judge {self.judge_hash[:12]}"
+        self.title = f"{self.name}: measured against {len(self.images):,} {kind}"
         images = train.images[train_order]
         pictures = images[torch.arange(20) % len(images)]
         self.rows = [{"run": "real images", "pictures": pictures} | self.measure(images, labels)]
