@@ -151,10 +151,10 @@ def claims(page: str) -> list[str]:
     return cells
 
 
-def test_claims_are_quoted_word_for_word():
-    reports = ROOT.parent / "shared" / "reports"
+def test_claims_are_quoted_word_for_word(real_data):
+    reports = real_data.parent / "reports"
     if not reports.is_dir():
-        pytest.skip("the reports are not here")
+        pytest.skip("the reports do not lie beside the data")
     said = {name: " ".join((reports / f"{name.lower()}.md").read_text("utf-8").split()) for name in ("Guo", "Banerjee")}
     assert len(claims("assets/study.md")) == 20
     for claim in claims("README.md") + claims("assets/study.md"):
