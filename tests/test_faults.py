@@ -30,7 +30,10 @@ FULL = pytest.mark.full
 
 
 # ------------------------------------------------------------------------------------------ stopped, in this process
-@pytest.mark.parametrize("name", TRAININGS)
+SLOWER = ("dcgan-banerjee", "vae-banerjee-conv", "cvaegan-guo")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[FULL] * (name in SLOWER)) for name in TRAININGS])
 def test_stopped_and_resumed_is_the_unbroken_run(name, trainings, tmp_path):
     """Every training: half of it, then the rest; and a sample of it."""
     unbroken, run = trainings.finished(name), tmp_path / "run"
