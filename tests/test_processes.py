@@ -55,10 +55,8 @@ def folder(tmp_path, monkeypatch) -> Path:
 def test_two_processes_without_noise_train_as_one_does(name, folder):
     """Those that have neither dropout nor batch norm, which on a CPU sees each process's share alone."""
     module = name.split("-")[0]
-    quiet = (
-        f"import torch, {module}\ntorch.randn = lambda *shape, generator=None, **kind: torch.zeros(*shape, **kind)\n"
-    )
-    (folder / "quiet.py").write_text(quiet + f"{module}.main()\n")
+    silence = "torch.randn = lambda *shape, generator=None, **kind: torch.zeros(*shape, **kind)"
+    (folder / "quiet.py").write_text(f"import torch, {module}\n{silence}\n{module}.main()\n")
     options = [*TRAININGS[name].split(), "--precision", "fp32", "--epochs", 2, "--out-dir"]
     for run in (
         *start(folder / "quiet", folder, *options, "two"),
