@@ -389,6 +389,8 @@ class Measurable(NamedTuple):
 
 def load_pictures(folder: Path, args: Namespace) -> Measurable:
     """A folder of at least 1,000 pictures of 28x28, grey or RGB, whatever drew them, in random order."""
+    if args.dataset and args.dataset not in common.LABELLED:
+        raise common.UserError(f"--dataset {args.dataset}: pictures are measured by {', '.join(common.LABELLED)}")
     names, pixels = common.list_pictures(folder), bytearray()
     if len(names) < 1000:
         raise common.UserError(f"{folder} holds no run and {len(names):,} pictures: at least 1,000 can be measured")
@@ -402,7 +404,7 @@ def load_pictures(folder: Path, args: Namespace) -> Measurable:
         pixels += picture.tobytes()
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))  # files may be sorted by class
     pictures = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 1, 28, 28)[order]
-    origin = (args.dataset if args.dataset in common.LABELLED else "mnist", None, args.data_dir or "data")
+    origin = (args.dataset or "mnist", None, args.data_dir or "data")
     count = min(len(pictures), args.samples)
     row = {"run": f"{folder.resolve().name} ({count:,} pictures)"}
     return Measurable(origin, common.load_data(origin[0], origin[2]).digest(), row, pictures=pictures)
@@ -497,11 +499,8 @@ def panel(row: dict) -> tuple[str, Image.Image]:
     caption = "    ".join([row["run"], *(f"{name} {cell(row, name)}" for name in shown if name in row)])
     tiles = common.to_unit(row.pop("pictures"))
     tiles = F.interpolate(tiles, scale_factor=max(1, 64 // tiles.shape[-1]))
-    samples, walk = common.grid(tiles[:12], 12), common.grid(tiles[12:], 8)
-    both = Image.new("RGB", (samples.width + 12 + walk.width, samples.height), "white")
-    both.paste(samples, (0, 0))
-    both.paste(walk, (samples.width + 12, 0))
-    return caption.replace("±", "+-"), both
+    between = torch.ones_like(tiles[:1])  # a white tile
+    return caption.replace("±", "+-"), common.grid(torch.cat([tiles[:12], between, tiles[12:]]), 21)
 
 
 def differences(rows: list[dict]) -> str:
