@@ -320,19 +320,23 @@ def choose_autocast(args: argparse.Namespace, device: torch.device) -> torch.aut
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def cpuinfo() -> str:
+    """What Linux tells about the processor, else nothing."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else ""
+
+
 def processor_name() -> str:
     """The processor's model, as far as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    told = cpuinfo.read_text().partition("model name")[2] if cpuinfo.exists() else ""
-    return told.partition("\n")[0].strip("\t: ") or platform.processor() or platform.machine()
+    told = cpuinfo().partition("model name")[2].partition("\n")[0].strip("\t: ")
+    return told or platform.processor() or platform.machine()
 
 
 def has_native_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is multiplied in hardware; others (a T4, an older CPU) emulate it slowly."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if device.type == "cpu" and cpuinfo.exists() else []
+    flags = cpuinfo().split() if device.type == "cpu" else []
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
@@ -807,11 +811,12 @@ def record(args: argparse.Namespace, data: Data) -> Iterator["Run"]:
         run.save_picture("real.png", grid(data.images[:64].cpu()))
         try:
             yield run
-        except KeyboardInterrupt:
+        except BaseException as stop:
+            run.save_progress()
+            if not isinstance(stop, KeyboardInterrupt):
+                raise
             kept = f"--resume goes on from epoch {run.saved} of {run.folder}" if run.saved else "no epoch was kept"
             raise KeyboardInterrupt(f"interrupted: {kept}") from None
-        finally:
-            run.save_progress()
 
 
 def move_aside(folder: Path) -> Path:
@@ -947,8 +952,9 @@ class Run:
             self.save_picture("progress.gif", list(pictures.values()), write_gif)
 
     def finish(self, *pictures: str) -> None:
-        """The last line: what to look at."""
+        """The pictures of the whole run, and the last line: what to look at."""
         self.save_log()  # a kill may have left it behind the checkpoint
+        self.save_progress()
         if (self.samples == self.samples[:1]).all():
             self.tell("warning: all samples are the same: README.md says what to do when something looks wrong")
         self.tell(f"done: look at {self.folder}/{', '.join(('progress.png', *pictures))}")
@@ -983,6 +989,11 @@ def draw_latents(seed: int, latent_size: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(mix(seed, "latents"))
     while True:
         yield torch.randn(500, latent_size, generator=generator)
+
+
+def first_latents(seed: int, latent_size: int, count: int = 64) -> Tensor:
+    """The latents (count, latent_size) of a seed's first samples, at most 500: those that a run draws every epoch."""
+    return next(draw_latents(seed, latent_size))[:count]
 
 
 def draw(sampler: Sampler, count: int, seed: int, device, label: int | None = None) -> Iterator:
@@ -1034,7 +1045,7 @@ def walk(args: argparse.Namespace, sampler: Sampler, device: torch.device) -> No
     names = [args.to] if args.to else [Path(args.out_dir, "walk.png"), Path(args.out_dir, "walk.gif")]
     if Path(names[0]).suffix.lower() not in PICTURES:
         raise UserError(f"--to {args.to}: --walk draws NAME.png, or NAME.gif, which moves")
-    corners, rows = next(draw_latents(args.seed, sampler.latent_size))[: max(8, sampler.classes)], []
+    corners, rows = first_latents(args.seed, sampler.latent_size, max(8, sampler.classes)), []
     for row, latents in enumerate(interpolate(corners, corners.roll(-1, 0), args.walk + 1).to(device)):
         label = row if getattr(args, "label", None) is None else args.label
         labels = torch.full((len(latents),), label, device=device) if sampler.classes else None

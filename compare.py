@@ -167,7 +167,7 @@ def train_judge(data: common.Data, device: torch.device, autocast: torch.autocas
     return common.to_device(judge, device).eval()
 
 
-def load_judge(path: Path, data: common.Data, device: torch.device, autocast: torch.autocast):
+def load_judge(path: Path, data: common.Data, device: torch.device, autocast: torch.autocast) -> tuple:
     """The judge of these images and its file's SHA-256: MNIST's own, or one kept as `path`, else trained and kept."""
     steps = min(MOST_STEPS, max(LEAST_STEPS, len(data.images) // 50))
     settings = JUDGE | dict(images=data.digest(), steps=steps)

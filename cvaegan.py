@@ -300,8 +300,8 @@ def train(args: Namespace) -> None:
     common.seed_everything(args.seed)
     networks = {name: common.to_device(network, device, autocast) for name, network in build(args).items()}
     optimizers = make_optimizers(args, networks)
-    fixed_latents = next(common.draw_latents(args.seed, args.latent_size))[:64].to(device)
-    fixed_classes = torch.eye(CLASSES, device=device).repeat(7, 1)[:64]  # in turn
+    fixed_latents = common.first_latents(args.seed, args.latent_size).to(device)
+    fixed_classes = F.one_hot(torch.arange(64, device=device) % CLASSES, CLASSES).float()  # in turn
     if args.resume:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
@@ -335,7 +335,7 @@ def encode(encoder: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 def draw_classes(networks: dict[str, nn.Module], args: Namespace, columns: int) -> Tensor:
     """A row a class, a column a latent, the same all through a run: (10 * columns, 1, 28, 28) in [0, 1]."""
     device = next(networks["generator"].parameters()).device
-    latents = next(common.draw_latents(args.seed, args.latent_size))[:columns].to(device)
+    latents = common.first_latents(args.seed, args.latent_size, columns).to(device)
     classes = torch.eye(CLASSES, device=device).repeat_interleave(columns, dim=0)
     return generate(networks["generator"], latents.repeat(CLASSES, 1), classes)
 
@@ -371,7 +371,7 @@ def save_pictures(args: Namespace, networks: dict[str, nn.Module], save: Callabl
     """
 
     def save_titled(name: str, title: str, images: Tensor, columns: int) -> None:
-        save(name, common.label_panels([(title, common.grid(images.cpu(), columns))]))
+        save(name, common.label_panels([(title, common.grid(images, columns))]))
 
     title = "a row a class, 0 to 9; a column a latent"
     save_titled("classes.png", title, draw_classes(networks, args, columns=10), 10)
@@ -387,7 +387,7 @@ def save_pictures(args: Namespace, networks: dict[str, nn.Module], save: Callabl
     styles = torch.cat([real, draw_styles(networks, images)], dim=1)
     title = "left: test images; then their latents, labelled 0 to 9"
     save_titled("styles.png", title, styles.flatten(0, 1), CLASSES + 1)
-    frames = [common.grid(row.cpu(), columns=5) for row in draw_morphs(networks, images, 16).unbind(1)]
+    frames = [common.grid(row, columns=5) for row in draw_morphs(networks, images, 16).unbind(1)]
     save("morph.gif", frames, common.write_gif)
     return ["classes.png", "morph.png", "styles.png"]
 

@@ -235,7 +235,7 @@ def train(args: Namespace) -> None:
     common.seed_everything(args.seed)
     networks = {name: common.to_device(network, device, autocast) for name, network in build(args).items()}
     optimizers = make_optimizers(args, networks)
-    fixed_latents = next(common.draw_latents(args.seed, args.latent_size))[:64].to(device)
+    fixed_latents = common.first_latents(args.seed, args.latent_size).to(device)
     if args.init and args.checkpoint is None:
         common.restore(networks, common.load_checkpoint(args.init, "dcgan")["networks"])
     if args.ema:

@@ -130,7 +130,7 @@ def train(args: Namespace) -> None:
     common.seed_everything(args.seed)
     networks = {name: common.to_device(network, device, autocast) for name, network in build(args).items()}
     optimizers = make_optimizers(args, networks)
-    fixed_latents = next(common.draw_latents(args.seed, args.latent_size))[:64].to(device)
+    fixed_latents = common.first_latents(args.seed, args.latent_size).to(device)
     if args.resume:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
@@ -163,7 +163,7 @@ def load_sampler(checkpoint: dict, device: torch.device | str = "cpu") -> common
     common.restore({"generator": generator}, checkpoint["networks"])
     common.to_device(generator, device)
     parameters = common.count_parameters(networks)
-    return common.Sampler(args.latent_size, lambda latents, labels=None: generate(generator, latents), parameters)
+    return common.Sampler(args.latent_size, lambda latents, labels: generate(generator, latents), parameters)
 
 
 def sample(args: Namespace) -> None:

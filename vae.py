@@ -154,7 +154,7 @@ def train(args: Namespace) -> None:
     networks = {name: common.to_device(network, device, autocast) for name, network in build(args).items()}
     encoder, decoder = networks["encoder"], networks["decoder"]
     optimizers = make_optimizers(args, networks)
-    fixed_latents = next(common.draw_latents(args.seed, args.latent_size))[:64].to(device)
+    fixed_latents = common.first_latents(args.seed, args.latent_size).to(device)
     if args.resume:
         common.restore(networks, args.checkpoint["networks"])
         common.restore(optimizers, args.checkpoint["optimizers"])
@@ -289,7 +289,7 @@ def load_sampler(checkpoint: dict, device: torch.device | str = "cpu") -> common
     encoder, decoder = (common.to_device(network, device) for network in networks.values())
     return common.Sampler(
         args.latent_size,
-        lambda latents, labels=None: decode(decoder, latents),
+        lambda latents, labels: decode(decoder, latents),
         common.count_parameters(networks),
         evaluate=lambda images, samples=IMPORTANCE_SAMPLES: bounds(encoder, decoder, images.to(device), samples),
     )

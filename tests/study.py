@@ -58,7 +58,7 @@ ROWS = {  # of the study's table: script and options
     "cvaegan-guo-mnist": "cvaegan",
 }
 SINGLE = ("dcgan-banerjee-mnist", "vae-banerjee-conv-mnist")  # of one seed: they cost more than three core-hours
-for name in set(ROWS) - set(SINGLE):
+for name in [name for name in ROWS if name not in SINGLE]:
     first = 88 if name.startswith("cvaegan") else 0
     ROWS |= {f"{name}-seed{i}": f"{ROWS[name]} --seed {first + i}" for i in (1, 2)}
 for name in ("gan-guo-mnist", "gan-banerjee-mnist", "vae-banerjee-linear-mnist"):
@@ -200,7 +200,8 @@ def train_conventionally(name: str, options: list[str], folder: Path) -> None:
     """A whole training by conventional.py, and a checkpoint from which the others' tools can draw. Can't be resumed."""
     script, networks = importlib.import_module(name), {}
     args, build = script.parse_args([*options, "--out-dir", str(folder)]), script.build
-    device, steps = torch.device("cpu"), len(common.load_data(args.dataset, args.data_dir).images) // args.batch_size
+    device, data = torch.device("cpu"), common.load_data(args.dataset, args.data_dir)
+    steps = len(data.images) // args.batch_size
     common.seed_everything(args.seed)
     with mock.patch.object(script, "build", lambda args: networks.update(build(args)) or networks):
         loop = getattr(conventional, name)(args, device)
@@ -216,7 +217,7 @@ def train_conventionally(name: str, options: list[str], folder: Path) -> None:
     args.precision = "fp32"
     common.choose_autocast(args, device)
     kept = dict(format=common.CHECKPOINT_FORMAT, script=name, options=common.run_options(args), epoch=args.epochs)
-    kept |= dict(history=history, data=common.load_data(args.dataset, args.data_dir).digest(), optimizers={})
+    kept |= dict(history=history, data=data.digest(), optimizers={})
     kept |= dict(arithmetic=[args.arithmetic | {"from_epoch": 1}])
     with common.replacing(folder / "checkpoint.pt") as temporary:
         torch.save(kept | dict(networks={key: network.state_dict() for key, network in networks.items()}), temporary)
